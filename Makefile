@@ -1,0 +1,52 @@
+# The commands of this project; `make` alone lists them.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+RANKS ?= 2
+
+.PHONY: help install demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     install, make data and models, train all four stages on the CPU, show the results"
+	@echo "make install  make $(VENV) with pinned versions"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   let ruff mend what it can"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11. Name a newer one: make install PYTHON=python3.12"; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
+	  { echo "error: DeepSpeed needs a C++ compiler: sudo apt-get install build-essential"; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { echo "error: no venv module: sudo apt-get install python3-venv"; exit 2; }
+	@# With a GPU the default build of torch, which carries CUDA; without one the CPU build, which saves gigabytes.
+	if nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet -c constraints.txt torch; \
+	else \
+	  version=$$(sed -n 's/^torch==//p' constraints.txt); \
+	  $(BIN)/pip install --quiet -c constraints.txt "torch==$$version+cpu" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$$version"; \
+	fi
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python experiments/demo.py --ranks $(RANKS)
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

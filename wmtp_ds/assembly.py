@@ -1,0 +1,108 @@
+"""Models and engines of a stage, built from its config. Every rank calls these together."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from wmtp_ds import distributed
+from wmtp_ds.config import Resolved
+from wmtp_ds.engine import Engine, FrozenEngine, Zero3Sharding
+from wmtp_ds.handoff import check_value_head, load_value_head, locate_critic
+from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
+from wmtp_ds.models.loading import load_policy
+from wmtp_ds.models.reference import ReferenceModel
+from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.optimization import lr_schedule, param_groups
+from wmtp_ds.stages.base import Stage, StageModel
+
+
+def pick_device(wanted: str) -> str:
+    """``runtime.device`` as "cuda" or "cpu"."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def fetch_critic(resolved: Resolved) -> Path | None:
+    """The critic's value head as a local file, downloaded by one rank of each node; None elsewhere.
+
+    Raises:
+        UserError: if it is not there or cannot be fetched. Called before the process group forms.
+    """
+    config = resolved.config
+    if not config.training.needs_critic or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    assert config.experiment.critic_checkpoint is not None
+    return locate_critic(
+        config.experiment.critic_checkpoint,
+        tracking_uri=config.mlflow.tracking_uri,
+        cache_dir=Path(config.checkpoint.save_dir).parent / ".critics",
+    )
+
+
+def trunk_fingerprint(policy: Path) -> str:
+    """The stored fingerprint of a policy's trunk; if it came without one, computed once and stored beside it."""
+    fingerprint = read_trunk_fingerprint(policy)
+    if fingerprint is None and distributed.is_main():
+        fingerprint = store_trunk_fingerprint(policy)
+    return str(distributed.broadcast_object(fingerprint))
+
+
+def build_engine(resolved: Resolved, stage: Stage, critic: Path | None, total_steps: int) -> Engine:
+    """The policy, sharded as it is loaded, with the stage's value head and loss, under an optimizer.
+
+    Raises:
+        UserError: if weights are missing or damaged, or the critic does not fit the policy.
+    """
+    config, training = resolved.config, resolved.config.training
+    ds_config = resolved.deepspeed(distributed.world_size())
+    folder = Path(config.models.policy.path)
+    policy = load_policy(folder, sharding=Zero3Sharding(ds_config))
+    policy.requires_grad_(stage.trains_policy)
+    if training.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    value_head = None
+    if training.has_value_head:
+        value_head = _build_value_head(resolved, policy.config.hidden_size, distributed.broadcast_object(critic))
+    model = StageModel(policy, value_head, stage)
+    groups = param_groups(
+        model,
+        learning_rate=training.learning_rate,
+        value_lr=training.value_lr,
+        weight_decay=training.weight_decay,
+    )
+    return Engine(
+        model,
+        ds_config,
+        param_groups=groups,
+        optimizer=training.optimizer,
+        betas=training.betas,
+        schedule=lr_schedule(training.scheduler, total_steps, training.warmup_ratio),
+    )
+
+
+def _build_value_head(resolved: Resolved, hidden_size: int, critic: Path | None) -> ValueHead:
+    wanted = resolved.config.value_head
+    head = ValueHead(hidden_size, wanted.type, wanted.activation)
+    if critic is not None:
+        trained = load_value_head(critic)
+        check_value_head(
+            trained,
+            hidden_size=hidden_size,
+            type=wanted.type,
+            activation=wanted.activation,
+            trunk_fingerprint=trunk_fingerprint(Path(resolved.config.models.policy.path)),
+        )
+        # Before the engine is made: its float32 masters are copies of what the weights are then.
+        head.load_state_dict(trained.state_dict)
+    return head
+
+
+def build_reference(resolved: Resolved) -> FrozenEngine | None:
+    """The frozen reference model in an engine of its own; None if the stage needs none."""
+    if not resolved.config.training.needs_reference:
+        return None
+    assert resolved.config.models.reference is not None
+    ds_config = resolved.deepspeed_reference()
+    folder = Path(resolved.config.models.reference.path)
+    policy = load_policy(folder, sharding=Zero3Sharding(ds_config), n_future_tokens=1)
+    return FrozenEngine(ReferenceModel(policy), ds_config)

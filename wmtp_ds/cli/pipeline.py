@@ -1,0 +1,51 @@
+"""``wmtp-ds pipeline``: several stages, one command."""
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="Example: wmtp-ds pipeline stage_configs/critic.toml stage_configs/verifiable.toml --num_gpus 4")
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--num_gpus", "--num-gpus", type=click.IntRange(min=1), help="Ranks to train with.")
+@click.option("--device", help="auto, cuda or cpu; overrides runtime.device.")
+@click.option("--override", multiple=True, metavar="KEY=VALUE", help="For every stage; may be repeated.")
+@click.option("--name", default="pipeline", show_default=True, help="Name of the parent run.")
+@click.option("--reuse", is_flag=True, help="Do not train again what is complete and has the same config.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Write the loss curves of all stages to this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def pipeline(
+    configs: tuple[Path, ...],
+    num_gpus: int | None,
+    device: str | None,
+    override: tuple[str, ...],
+    name: str,
+    reuse: bool,
+    figure: Path | None,
+    as_json: bool,
+) -> int:
+    """Train the stages of CONFIGS in order; a critic among them is handed to the stage that needs one."""
+    from wmtp_ds.config import load_config
+    from wmtp_ds.launch import Request
+    from wmtp_ds.pipeline import run_pipeline
+    from wmtp_ds.report import figure_of, print_table, results
+
+    requests = [
+        Request(
+            stage=load_config(path, override, checks=False).config.experiment.stage,
+            config=path,
+            num_gpus=num_gpus,
+            device=device,
+            override=override,
+        )
+        for path in configs
+    ]
+    code, folders = run_pipeline(requests, name=name, reuse=reuse, say=lambda text: click.echo(text, err=True))
+    if figure is not None and folders:
+        figure_of(folders, figure)
+    if as_json:
+        click.echo(json.dumps(results(folders), indent=2))
+    else:
+        print_table(folders)
+    return code

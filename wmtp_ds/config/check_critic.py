@@ -1,0 +1,216 @@
+"""Checks of the critic's checkpoint: that it is there, and that its value head fits the policy."""
+
+import json
+import os
+import re
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from wmtp_ds.config.context import Check, Context
+from wmtp_ds.config.errors import did_you_mean
+from wmtp_ds.errors import UserError
+from wmtp_ds.models.fingerprint import read_trunk_fingerprint
+
+KEY = "experiment.critic_checkpoint"
+
+_FILE = "value_head.safetensors"
+_HEADER_LIMIT = 100 * 2**20  # safetensors' own
+_RUN_ID = r"[A-Za-z0-9_-]+"
+_FORMS = {
+    "runs": (re.compile(rf"runs:/(?P<run>{_RUN_ID})/(?P<path>.+)"), "runs:/<run_id>/<path>"),
+    "mlflow-artifacts": (re.compile(r"mlflow-artifacts:/(//[^/]+/|/?)(?P<path>[^/].*)"), "mlflow-artifacts:/<path>"),
+    "mlflow": (
+        re.compile(rf"mlflow://(?P<experiment>[0-9A-Za-z_-]+)/(?P<run>{_RUN_ID})/artifacts/(?P<path>.+)"),
+        "mlflow://<experiment_id>/<run_id>/artifacts/<path>",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the header of a value head's file says, read without torch."""
+
+    path: str
+    metadata: dict[str, str]
+    shapes: dict[str, list[int]]
+
+
+def check_critic(context: Context, *, online: bool = False) -> None:
+    """The critic's checkpoint exists and fits the policy; a URI's form alone, unless ``online``."""
+    if not (context.training and context.training.needs_critic):
+        return
+    text = context.get(KEY)
+    if not isinstance(text, str):
+        return
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        if _check_uri(context, text) and online:
+            _check_online(context, text)
+        return
+    file = _locate(context, os.path.expanduser(text))
+    if file and file.endswith(".safetensors"):
+        _check_head(context, file)
+
+
+def check_critic_online(context: Context) -> None:
+    """As `check_critic`, asking MLflow whether a URI's artifact exists."""
+    check_critic(context, online=True)
+
+
+def _check_uri(context: Context, uri: str) -> bool:
+    scheme = uri.partition(":")[0].lower()
+    accepted = ", ".join(form for _, form in _FORMS.values())
+    if scheme not in _FORMS:
+        mend = did_you_mean(scheme, _FORMS) or f"give a folder, a file, or one of {accepted}"
+        context.report(KEY, f"{scheme}: URIs are not accepted", mend)
+        return False
+    pattern, form = _FORMS[scheme]
+    match = pattern.fullmatch(uri)
+    if not match:
+        context.report(KEY, f"{uri} is not of the form {form}", f"write {form}")
+        return False
+    if ".." in unquote(unquote(match["path"])).replace("\\", "/").split("/"):
+        context.report(KEY, f"{uri} leaves its run's artifacts by '..'", "give the artifact's path without '..'")
+        return False
+    tracking = context.get("mlflow.tracking_uri")
+    if tracking == "":
+        where = context.origin("mlflow.tracking_uri")
+        message = f'{uri} cannot be looked up: mlflow.tracking_uri is "" ({where})'
+        context.report(KEY, message, "set mlflow.tracking_uri, or give the critic as a folder")
+        return False
+    if scheme == "mlflow-artifacts" and tracking and not tracking.startswith(("http://", "https://")):
+        where = context.origin("mlflow.tracking_uri")
+        message = f"mlflow-artifacts:/ needs a tracking server, but mlflow.tracking_uri is none ({where})"
+        context.report(KEY, message, "set mlflow.tracking_uri to the server's http:// address, or use runs:/")
+        return False
+    return True
+
+
+def _check_online(context: Context, uri: str) -> None:
+    from wmtp_ds.handoff import locate_critic  # imports mlflow
+
+    with tempfile.TemporaryDirectory(prefix="wmtp-critic-") as folder:
+        try:
+            file = locate_critic(uri, tracking_uri=context.get("mlflow.tracking_uri"), cache_dir=Path(folder))
+        except UserError as error:
+            context.report(KEY, str(error), "check the run and the artifact's path in MLflow")
+            return
+        if file.name.endswith(".safetensors"):
+            _check_head(context, str(file), shown=uri)
+
+
+def _how_to_train(context: Context) -> str:
+    beside = os.path.join(os.path.dirname(context.file), "critic.toml")
+    is_default = os.path.normpath(beside) == os.path.join("stage_configs", "critic.toml")
+    config = f" --config {beside}" if os.path.isfile(beside) and not is_default else ""
+    return f"train one: deepspeed bin/train_stage.py --stage critic{config}"
+
+
+def _locate(context: Context, path: str) -> str | None:
+    """The file that holds the value head: a safetensors file, or a .pt."""
+    if os.path.isdir(path):
+        file = os.path.join(path, _FILE)
+        if os.path.isfile(file):
+            return file
+        inside = [name for name in ("checkpoint_best", "checkpoint_final") if os.path.isdir(os.path.join(path, name))]
+        mend = f"give {os.path.join(path, inside[0])}" if inside else _how_to_train(context)
+        context.report(KEY, f"{path} holds no {_FILE}", mend)
+    elif not os.path.exists(path):
+        context.report(KEY, f"{path} does not exist", _how_to_train(context))
+    elif not path.endswith((".safetensors", ".pt")):
+        context.report(KEY, f"{path} is neither a folder nor {_FILE} nor a .pt", "give the folder of an export")
+    elif os.path.getsize(path) == 0:
+        context.report(KEY, f"{path} is empty", _how_to_train(context))
+    else:
+        return path
+    return None
+
+
+def read_head(path: str) -> Head:
+    """The header of a safetensors file: 8 bytes of length, little endian, then JSON.
+
+    Raises:
+        ValueError: the file is none; the message says why.
+        OSError: the file cannot be read.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError("it is shorter than a safetensors header")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, _HEADER_LIMIT):
+            raise ValueError("its header is longer than the file")
+        header: Any = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    try:
+        shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it should have {8 + length + end} bytes, not {size}")
+    except (KeyError, TypeError, IndexError):
+        raise ValueError("its header describes no tensors") from None
+    return Head(path, dict(metadata), shapes)
+
+
+def _check_head(context: Context, path: str, shown: str | None = None) -> None:
+    """Compare a value head with the policy and with ``value_head``, as far as each is known."""
+    name = shown or path
+    try:
+        head = read_head(path)
+    except (OSError, ValueError) as error:
+        context.report(KEY, f"{name} cannot be read: {error}", _how_to_train(context))
+        return
+    if "output.weight" not in head.shapes:
+        context.report(KEY, f"{name} holds no value head: it has no output.weight", _how_to_train(context))
+        return
+    for field in ("type", "activation"):
+        wanted, stored = context.get(f"value_head.{field}"), head.metadata.get(field)
+        if wanted and stored and wanted != stored:
+            where = context.origin(f"value_head.{field}")
+            message = f'{name} has {field} "{stored}", but value_head.{field} is "{wanted}" ({where})'
+            context.report(KEY, message, f'set value_head.{field} = "{stored}", or use another critic')
+    _check_hidden_size(context, head, name)
+    _check_trunk(context, head, name)
+
+
+def _check_hidden_size(context: Context, head: Head, name: str) -> None:
+    policy = context.path("models.policy.path")
+    try:
+        with open(os.path.join(policy or "", "config.json"), encoding="utf-8") as file:
+            wanted = json.load(file)["hidden_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # check_policy has said what is wrong
+    stored = head.shapes["output.weight"][-1:]
+    if stored != [wanted]:
+        message = f"{name} has hidden size {stored[0] if stored else 0}, the policy {policy} has {wanted}"
+        context.report(KEY, message, "use a critic that was trained on this policy")
+
+
+def _check_trunk(context: Context, head: Head, name: str) -> None:
+    policy = context.path("models.policy.path")
+    if policy is None or not os.path.isdir(policy):
+        return
+    mend = "use a critic that was trained on this policy"
+    try:
+        trunk = read_trunk_fingerprint(Path(policy))
+    except UserError as error:
+        context.report("models.policy.path", str(error), "import the model again")
+        return
+    stored = head.metadata.get("trunk_fingerprint")
+    if trunk is None:
+        message = f"{policy} has no trunk_fingerprint.json: nobody can tell whether the critic fits its trunk"
+        context.warn("models.policy.path", message, "import the model again to have it computed")
+    elif not stored:
+        context.warn(KEY, f"{name} does not say which trunk it was trained on", mend)
+    elif stored != trunk:
+        context.report(KEY, f"{name} was trained on trunk {stored}, the policy {policy} has trunk {trunk}", mend)
+
+
+CRITIC_CHECKS: tuple[Check, ...] = (check_critic,)
+CRITIC_CHECKS_ONLINE: tuple[Check, ...] = (check_critic_online,)

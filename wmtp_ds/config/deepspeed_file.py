@@ -1,0 +1,283 @@
+"""DeepSpeed's JSON files: what they must and must not say, and how the TOML's values are put into them."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from wmtp_ds.config.context import Check, Context
+from wmtp_ds.config.errors import did_you_mean
+from wmtp_ds.config.positions import json_lines
+from wmtp_ds.config.schema import RunConfig
+
+CONFIG = "deepspeed.config"
+REFERENCE_CONFIG = "deepspeed.reference_config"
+
+# Keys of DeepSpeed's JSON that the TOML owns -> the TOML's keys.
+OWNED = {
+    "train_batch_size": ("training.batch_size", "training.gradient_accumulation_steps"),
+    "train_micro_batch_size_per_gpu": ("training.batch_size",),
+    "gradient_accumulation_steps": ("training.gradient_accumulation_steps",),
+    "gradient_clipping": ("training.max_grad_norm",),
+    "fp16": ("models.policy.dtype", "runtime.mixed_precision"),
+    "bf16": ("models.policy.dtype", "runtime.mixed_precision"),
+    "bfloat16": ("models.policy.dtype", "runtime.mixed_precision"),
+    "amp": ("models.policy.dtype", "runtime.mixed_precision"),
+    "torch_autocast": ("models.policy.dtype", "runtime.mixed_precision"),
+    "optimizer": ("training.optimizer", "training.learning_rate"),
+    "scheduler": ("training.scheduler", "training.warmup_ratio"),
+    "steps_per_print": ("training.log_interval",),
+}
+
+_ZERO = "zero_optimization"
+# A misspelt key in this section is refused by DeepSpeed, on every rank and without a line.
+_ZERO_KEYS = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "compute_grad_norm",
+    "load_from_fp32_weights",
+    "elastic_checkpoint",
+    "offload_param",
+    "offload_optimizer",
+    "zenflow",
+    "sub_group_size",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+    "cpu_offload",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "ignore_unused_parameters",
+    "round_robin_gradients",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "mics_shard_size",
+    "memory_efficient_linear",
+    "log_trace_cache_warnings",
+    "leaf_module",
+)
+_DEVICES = ("cpu", "nvme", "none")
+
+
+class _File:
+    """A DeepSpeed JSON under examination."""
+
+    def __init__(self, context: Context, key: str, path: str, values: dict[str, Any], lines: dict[Any, int]):
+        self.context, self.key, self.path, self.values, self.lines = context, key, path, values, lines
+
+    def report(self, where: tuple[str, ...], message: str, mend: str) -> None:
+        line = next((self.lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in self.lines), None)
+        place = f"{self.path}:{line}" if line else self.path
+        self.context.report(self.key, f"{place} {message}", mend)
+
+    @property
+    def zero(self) -> dict[str, Any] | None:
+        section = self.values.get(_ZERO)
+        return section if isinstance(section, dict) else None
+
+
+def read_deepspeed(path: str) -> tuple[dict[str, Any], str]:
+    """A DeepSpeed JSON's values, and its text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object; the message says why.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object {...}")
+    return values, text
+
+
+def _open(context: Context, key: str) -> _File | None:
+    path = context.path(key)
+    if path is None:
+        return None
+    mend = "name one of the files in ds_configs/"
+    if not os.path.isfile(path):
+        what = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+        context.report(key, f"{path} {what}", mend)
+        return None
+    try:
+        values, text = read_deepspeed(path)
+    except json.JSONDecodeError as error:
+        context.report(key, f"{path}:{error.lineno} is not JSON: {error.msg} (column {error.colno})", mend)
+    except OSError as error:
+        context.report(key, f"{path} cannot be read: {error.strerror}", mend)
+    except ValueError as error:
+        context.report(key, f"{path} cannot be used: {error}", mend)
+    else:
+        return _File(context, key, path, values, json_lines(text))
+    return None
+
+
+def check_config(context: Context) -> None:
+    """The JSON of the trained model."""
+    file = _open(context, CONFIG)
+    if file is None:
+        return
+    _check_owned(file)
+    _check_auto(file)
+    stage = _check_zero(file)
+    if stage is not None and stage < 3 and (file.zero or {}).get("offload_param"):
+        file.report((_ZERO, "offload_param"), "offloads parameters, which only stage 3 can", "set stage 3")
+
+
+def check_reference_config(context: Context) -> None:
+    """The JSON of the frozen reference model: stage 3, and nothing that trains."""
+    if not (context.training and context.training.needs_reference):
+        return
+    file = _open(context, REFERENCE_CONFIG)
+    if file is None:
+        return
+    _check_owned(file)
+    _check_auto(file)
+    stage = _check_zero(file)
+    if stage is not None and stage != 3:
+        file.report(
+            (_ZERO, "stage"),
+            f"has stage {stage}; a model without an optimizer needs stage 3",
+            'write "stage": 3, as in ds_configs/zero3_reference.json',
+        )
+    if (file.zero or {}).get("offload_optimizer"):
+        message = "offloads an optimizer, but the reference model is frozen and has none"
+        file.report((_ZERO, "offload_optimizer"), message, "remove offload_optimizer")
+
+
+def _check_owned(file: _File) -> None:
+    """Batch size, accumulation, learning rate, clipping and precision live in the TOML alone."""
+    for name, owners in OWNED.items():
+        if name in file.values:
+            if file.key == REFERENCE_CONFIG:
+                owners = tuple(owner.replace("models.policy", "models.reference") for owner in owners)
+            shown = json.dumps(file.values[name])
+            places = " and ".join(f"{owner} ({file.context.origin(owner)})" for owner in owners)
+            message = f'sets "{name}" = {shown[:60]}, which {places} own{"s" if len(owners) == 1 else ""}'
+            file.report((name,), message, f'remove "{name}" from the JSON and set {owners[0]}')
+    checkpoint = file.values.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("tag_validation", "Fail") != "Fail":
+        message = 'sets "tag_validation" to other than "Fail": ranks could save different steps unnoticed'
+        file.report(("checkpoint", "tag_validation"), message, "remove it")
+
+
+def _check_auto(file: _File) -> None:
+    for where in _auto_values(file.values, ()):
+        file.report(
+            where, f'has "auto" for {".".join(where)}, which only the Hugging Face Trainer fills in', "remove it"
+        )
+
+
+def _auto_values(value: Any, where: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if value == "auto":
+        yield where
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _auto_values(item, (*where, name))
+
+
+def _check_zero(file: _File) -> int | None:
+    """The ZeRO stage, or None once it is reported what is wrong with its section."""
+    zero = file.zero
+    if zero is None:
+        hint = did_you_mean(_ZERO, [name for name in file.values if name != _ZERO])
+        found = f" ({hint.removeprefix('did you mean ').rstrip('?')} is there)" if hint else ""
+        message = f'has no "{_ZERO}" section{found}' if _ZERO not in file.values else f'"{_ZERO}" is no object'
+        file.report((_ZERO,), message, f'write "{_ZERO}": {{"stage": 3}}')
+        return None
+    for name in zero:
+        if name not in _ZERO_KEYS and (hint := did_you_mean(name, _ZERO_KEYS)):
+            file.report((_ZERO, name), f'sets "{_ZERO}.{name}", which DeepSpeed does not know', hint)
+    for name in ("offload_param", "offload_optimizer"):
+        section = zero.get(name)
+        if isinstance(section, dict):
+            _check_offload(file, name, section)
+        elif section is not None:
+            file.report((_ZERO, name), f'"{name}" is no object', f'write "{name}": {{"device": "cpu"}}')
+    stage = zero.get("stage")
+    if stage is None:
+        file.report((_ZERO,), f'"{_ZERO}" has no stage', 'write "stage": 3')
+    elif isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        file.report((_ZERO, "stage"), f"has the unknown ZeRO stage {json.dumps(stage)}", 'write "stage": 3')
+        return None
+    return stage
+
+
+def _check_offload(file: _File, name: str, section: dict[str, Any]) -> None:
+    device = section.get("device")
+    where = (_ZERO, name, "device")
+    if device not in _DEVICES:
+        message = f'offloads to {json.dumps(device)}; "{name}" needs a device: {", ".join(_DEVICES)}'
+        file.report(where, message, did_you_mean(str(device), _DEVICES) or 'write "device": "cpu"')
+    elif device == "nvme" and not section.get("nvme_path"):
+        file.report(where, f'offloads to nvme, but "{name}" has no nvme_path', 'write "nvme_path": "/local_nvme"')
+
+
+def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The JSON of the trained model with what the TOML owns filled in.
+
+    Args:
+        config: the run's config.
+        values: what the JSON file says.
+        world_size: the number of ranks.
+    """
+    training = config.training
+    merged = {
+        "wall_clock_breakdown": False,
+        **values,
+        "train_batch_size": training.batch_size * training.gradient_accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        # Never left out: DeepSpeed would clip at 1.0 then.
+        "gradient_clipping": training.max_grad_norm,
+        "checkpoint": {**values.get("checkpoint", {}), "tag_validation": "Fail"},
+        "steps_per_print": 2**31 - 1,  # this program prints its own line
+        **_precision(config.models.policy.dtype, config.runtime.mixed_precision),
+    }
+    if training.optimizer == "sgd":
+        merged["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of tested ones has Adam's kin only
+    return merged
+
+
+def merge_reference(config: RunConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of the frozen reference model with what the TOML owns filled in: no optimizer.
+
+    Raises:
+        ValueError: the config has no reference model.
+    """
+    if config.models.reference is None:
+        raise ValueError(f"stage {config.experiment.stage} has no reference model")
+    return {
+        **values,
+        "train_micro_batch_size_per_gpu": config.training.batch_size,
+        "steps_per_print": 2**31 - 1,
+        **_precision(config.models.reference.dtype, config.runtime.mixed_precision),
+    }
+
+
+def _precision(dtype: str, mixed_precision: bool) -> dict[str, Any]:
+    """DeepSpeed keeps float32 masters wherever bf16 or fp16 is on."""
+    if not mixed_precision or dtype == "float32":
+        return {}
+    return {"bf16" if dtype == "bfloat16" else "fp16": {"enabled": True}}
+
+
+DEEPSPEED_CHECKS: tuple[Check, ...] = (check_config, check_reference_config)

@@ -1,0 +1,74 @@
+"""The process group, seen from above: every function also works in a single process without one."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def initialized() -> bool:
+    """Whether a process group has formed."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank, 0 without a group."""
+    return dist.get_rank() if initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a group."""
+    return dist.get_world_size() if initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone speaks, logs and writes exports."""
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, as a new tensor."""
+    return _reduce(tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise maximum of a tensor over all ranks, as a new tensor."""
+    return _reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _reduce(tensor: Tensor, operation: Any) -> Tensor:
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(result, op=operation)
+    return result
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_arrays(tensor: Tensor) -> Tensor:
+    """Concatenate every rank's tensor along dimension 0, which may differ in length; on all ranks."""
+    if world_size() == 1:
+        return tensor
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def close() -> None:
+    """Leave the process group."""
+    if initialized():
+        dist.destroy_process_group()

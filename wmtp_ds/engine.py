@@ -1,0 +1,243 @@
+"""DeepSpeed, wrapped thinly. This is the only file that imports it.
+
+The wrapper holds what is easy to get wrong: clipping that is always set, losses that are normalised over the global
+batch (so DeepSpeed must neither average over ranks nor over accumulation steps), weights loaded before the float32
+masters are made, a frozen engine without optimizer, and checkpoints that name their tag.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmtp_ds import distributed
+from wmtp_ds.errors import RunError
+
+# A rank that waits longer than this for another gives up: a hung peer must not hold GPUs for days.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def _import_deepspeed() -> Any:
+    warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+    import deepspeed
+
+    # Its chatter is for its developers; warnings are for everyone.
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    for handler in deepspeed.utils.logger.handlers:
+        handler.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def start(device: str) -> torch.device:
+    """Form the process group (nccl on GPUs, gloo on CPUs) from the launcher's environment; return this rank's device.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Raises:
+        RunError: if the group cannot form.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    deepspeed = _import_deepspeed()
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"the ranks could not form a process group: {error}") from error
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+
+
+class Zero3Sharding:
+    """Parameters partitioned over ranks as they are made: ``models.loading.Sharding`` for ZeRO-3."""
+
+    def __init__(self, ds_config: dict[str, Any]):
+        self._zero = _import_deepspeed().zero
+        self._config = ds_config
+        self.is_main = distributed.is_main()
+
+    def construct(self) -> AbstractContextManager[Any]:
+        """Modules made inside are partitioned module by module."""
+        # The config alone: with a dtype of its own, zero.Init turns float32 into bfloat16 on CPUs.
+        context: AbstractContextManager[Any] = self._zero.Init(config_dict_or_path=self._config)
+        return context
+
+    @contextmanager
+    def gathered(self, parameter: nn.Parameter, modify: bool = False) -> Iterator[None]:
+        """Inside, the parameter is whole; with ``modify`` rank 0's change is handed to all ranks."""
+        if not hasattr(parameter, "ds_id"):  # not partitioned (yet)
+            yield
+            return
+        with self._zero.GatheredParameters([parameter], modifier_rank=0 if modify else None):
+            yield
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The parameter's full shape, gathered or not."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Engine:
+    """A module trained under ZeRO-3, whose losses are shares of the global batch's loss.
+
+    Args:
+        module: its forward returns whatever the caller wants; the loss inside is given to :meth:`backward`.
+        ds_config: a complete DeepSpeed config (``Resolved.deepspeed``).
+        param_groups: what to train, as for a torch optimizer.
+        optimizer: "adamw" or "sgd".
+        betas: AdamW's.
+        schedule: optimizer step (from 0) -> factor of the learning rates.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        ds_config: dict[str, Any],
+        *,
+        param_groups: list[dict[str, Any]],
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        schedule: Any = None,
+    ):
+        deepspeed = _import_deepspeed()
+        self.world_size = distributed.world_size()
+        torch_optimizer = _make_optimizer(deepspeed, ds_config, param_groups, optimizer, betas)
+        scheduler = None if schedule is None else torch.optim.lr_scheduler.LambdaLR(torch_optimizer, schedule)
+        # DeepSpeed vouches for Adam alone; SGD equals torch's too (tests/test_launch_parity.py).
+        ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=ds_config | ours, optimizer=torch_optimizer, lr_scheduler=scheduler
+        )
+        self.sharding = Zero3Sharding(ds_config)
+
+    @property
+    def module(self) -> Any:
+        """The module itself; its parameters are partitioned."""
+        return self._engine.module
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken, skipped ones included."""
+        return int(self._engine.global_steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite."""
+        return int(self._engine.skipped_steps)
+
+    @property
+    def grad_norm(self) -> float:
+        """Gradient norm before clipping, of the last optimizer step; NaN before the first."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first parameter group, for the next step."""
+        return float(self._engine.get_lr()[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with its parameters gathered as they are needed."""
+        return self._engine(*args, **kwargs)
+
+    @contextmanager
+    def without_gradient(self, *, evaluate: bool = False) -> Iterator[None]:
+        """Forward passes inside need no gradient; with ``evaluate`` the module is in evaluation mode, too."""
+        self._engine.train(not evaluate)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this micro-batch's share of the global batch's loss."""
+        # DeepSpeed averages over ranks; shares are to be summed. They are of the whole window already.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """After each backward; updates the weights when the accumulation window is complete."""
+        self._engine.step()
+
+    def full_value(self, parameter: nn.Parameter) -> Tensor:
+        """A trained parameter's float32 master, whole, on every rank (all must call)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = safe_get_full_fp32_param(parameter)
+        assert value is not None, "only trained parameters have a master"
+        tensor: Tensor = value.view(self.sharding.shape(parameter))
+        return tensor
+
+    def save_state(self, folder: Path, tag: str, state: dict[str, Any], *, exclude_frozen: bool) -> None:
+        """Write this rank's shards (and rank 0's part of the model state) to ``folder/tag``; no ``latest``."""
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            # One key of our own: others would overwrite the engine's fields.
+            client_state={"wmtp": state},
+            save_latest=False,
+            exclude_frozen_parameters=exclude_frozen,
+        )
+
+    def load_state(self, folder: Path, tag: str, *, strict: bool) -> dict[str, Any]:
+        """Restore weights, optimizer and schedule from ``folder/tag``; return this rank's state.
+
+        Raises:
+            RunError: if DeepSpeed loads nothing, which it does without raising.
+        """
+        path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        if path is None or "wmtp" not in client_state:
+            raise RunError(f"checkpoint {folder / tag} could not be loaded; resume from another one (--resume PATH).")
+        state: dict[str, Any] = client_state["wmtp"]
+        return state
+
+    def close(self) -> None:
+        """Release memory and hooks, so that another engine can be made in this process."""
+        self._engine.destroy()
+
+
+def _make_optimizer(
+    deepspeed: Any,
+    ds_config: dict[str, Any],
+    param_groups: Iterable[dict[str, Any]],
+    name: str,
+    betas: tuple[float, float],
+) -> torch.optim.Optimizer:
+    groups = list(param_groups)
+    if name == "sgd":
+        return torch.optim.SGD(groups)
+    if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        # Where optimizer states live in host memory, DeepSpeed's vectorised Adam is several times faster there.
+        adam: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
+        return adam
+    fused = True if groups[0]["params"][0].device.type == "cuda" else None
+    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+
+
+class FrozenEngine:
+    """A module under ZeRO-3 that is only read: the reference model."""
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any]):
+        deepspeed = _import_deepspeed()
+        module.eval().requires_grad_(False)
+        # Without an optimizer section, at stage 3: DeepSpeed refuses other stages here.
+        self._engine, *_ = deepspeed.initialize(model=module, config=ds_config)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, without gradient."""
+        return self._engine(*args, **kwargs)
+
+    def close(self) -> None:
+        """Release memory and hooks."""
+        self._engine.destroy()

@@ -1,0 +1,16 @@
+"""Errors that a user can mend. The command line prints their message, without a traceback, and leaves."""
+
+
+class UserError(Exception):
+    """Wrong usage or configuration: the message says what is wrong, where, and how to mend it.
+
+    The process leaves with ``exit_code`` 2. Raised before anything is written wherever it can be known then.
+    """
+
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A failure at run time that the user can act on (a full disk, a damaged checkpoint): exit code 1."""
+
+    exit_code = 1

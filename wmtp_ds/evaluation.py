@@ -1,0 +1,63 @@
+"""Validation during training: unweighted loss on correct solutions, and how well values tell right from wrong."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wmtp_ds import distributed
+from wmtp_ds.data.batches import Batch
+from wmtp_ds.engine import Engine
+
+
+def evaluate(engine: Engine, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    """Run a validation set through the engine; every rank has as many batches and gets the same numbers.
+
+    Returns:
+        ``val/loss``: the MTP cross-entropy in nats, ``(1/n) Σ_k (1/M_k) Σ CE`` over correct solutions; for a stage that
+        trains the value head alone it is ``val/value_loss``. ``val/loss_head_k`` of each head. With a value head
+        ``val/value_loss`` (mean over decisions) and, if there are solutions of both kinds, ``val/auc``: the area under
+        the ROC curve of the value at a solution's last decision, 0.5 for a coin and 1 for a perfect critic.
+    """
+    sums: dict[str, Tensor] = {}
+    scored: list[Tensor] = []
+    with engine.without_gradient(evaluate=True):
+        for batch in batches:
+            batch = batch.to(device)
+            found = engine(batch, mode="evaluate")
+            values_BS = found.pop("values_BS", None)
+            if values_BS is not None:
+                scored.append(_final_values(values_BS, batch))
+            for name, value in found.items():
+                sums[name] = sums[name] + value if name in sums else value
+    sums = {name: distributed.sum_over_ranks(value).cpu() for name, value in sorted(sums.items())}
+    metrics: dict[str, float] = {}
+    if scored:
+        metrics["val/value_loss"] = (sums["value_loss"] / sums["decisions"].clamp(min=1)).item()
+        metrics["val/loss"] = metrics["val/value_loss"]
+        auc = area_under_roc(distributed.gather_arrays(torch.cat(scored)))
+        if auc is not None:
+            metrics["val/auc"] = auc
+    if "ce_n" in sums:
+        losses_n = sums["ce_n"] / sums["targets_n"].clamp(min=1)
+        metrics |= {f"val/loss_head_{k}": loss for k, loss in enumerate(losses_n.tolist(), start=1)}
+        metrics["val/loss"] = losses_n.mean().item()
+    return metrics
+
+
+def _final_values(values_BS: Tensor, batch: Batch) -> Tensor:
+    """``[b, 2]``: value at the last decision and reward, of the sequences that have decisions."""
+    positions_S = torch.arange(values_BS.shape[1], device=values_BS.device)
+    last_B = torch.where(batch.decisions, positions_S, -1).amax(-1)
+    final_B = values_BS.gather(1, last_B.clamp(min=0)[:, None]).squeeze(1)
+    return torch.stack([final_B, batch.rewards], 1)[last_B >= 0].double().cpu()
+
+
+def area_under_roc(scores_and_rewards: Tensor) -> float | None:
+    """AUC of scores at telling rewards ≥ 0.5 from the rest, ``[N, 2]``; None if all are of one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    correct = scores_and_rewards[:, 1] >= 0.5
+    if correct.all() or not correct.any():
+        return None
+    return float(roc_auc_score(correct.numpy(), scores_and_rewards[:, 0].numpy()))

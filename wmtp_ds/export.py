@@ -1,0 +1,88 @@
+"""Exports: what a run hands on, in files that need neither DeepSpeed nor this package to read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmtp_ds import distributed
+from wmtp_ds.checkpoint import replace_folder
+from wmtp_ds.config import Resolved
+from wmtp_ds.engine import Engine
+from wmtp_ds.errors import RunError
+from wmtp_ds.handoff import save_value_head
+from wmtp_ds.models.fingerprint import store_trunk_fingerprint
+from wmtp_ds.models.loading import save_weights
+from wmtp_ds.models.micro import write_config
+
+BEST, FINAL = "checkpoint_best", "checkpoint_final"
+
+
+class Exporter:
+    """Writes ``checkpoint_best/`` and ``checkpoint_final/``.
+
+    A trained policy goes out in Hugging Face's format, with its tokenizer and the fingerprint of its trunk. A critic
+    exports its value head and the fingerprint of the trunk that it belongs to, not another copy of that trunk.
+
+    Args:
+        engine: of a ``StageModel``.
+        resolved: the run's config.
+        tokenizer: to be saved with a policy.
+        trunk_fingerprint: of the policy that training started from; a critic's trunk stays that.
+    """
+
+    def __init__(self, engine: Engine, resolved: Resolved, tokenizer: Any, trunk_fingerprint: str | None):
+        self._engine = engine
+        self._resolved = resolved
+        self._tokenizer = tokenizer
+        self._trunk_fingerprint = trunk_fingerprint
+        self._root = Path(resolved.config.checkpoint.save_dir)
+
+    def write(self, name: str, metrics: dict[str, Any]) -> Path:
+        """Write an export in place of an older one of that name; every rank must call this.
+
+        Raises:
+            RunError: if a file cannot be written; the older export stays.
+        """
+        final = self._root / name
+        partial = self._root / f".partial-{name}"
+        try:
+            if distributed.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            distributed.barrier()
+            self._write_into(partial)
+            if distributed.is_main():
+                (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+                (partial / "config.toml").write_text(self._resolved.toml())
+                replace_folder(partial, final)
+        except OSError as error:
+            raise RunError(f"export {final} could not be written: {error}. Free space or mend the disk.") from error
+        distributed.barrier()
+        return final
+
+    def _write_into(self, folder: Path) -> None:
+        model, main = self._engine.module, distributed.is_main()
+        fingerprint = self._trunk_fingerprint
+        if model.stage.trains_policy:
+            save_weights(model.policy, folder, sharding=self._engine.sharding)
+            if main:
+                dtype = getattr(torch, self._resolved.config.models.policy.dtype)
+                write_config(folder, model.policy.config, dtype)
+                self._tokenizer.save_pretrained(folder)
+                fingerprint = store_trunk_fingerprint(folder)
+        if model.value_head is not None:
+            head = self._resolved.config.value_head
+            state = {name: self._engine.full_value(p).cpu() for name, p in model.value_head.named_parameters()}
+            if main:
+                assert fingerprint is not None
+                save_value_head(
+                    folder / "value_head.safetensors",
+                    state,
+                    hidden_size=model.policy.config.hidden_size,
+                    type=head.type,
+                    activation=head.activation,
+                    trunk_fingerprint=fingerprint,
+                )

@@ -1,0 +1,300 @@
+"""From a command to ranks: who starts the launcher, who leaves, and who trains.
+
+DeepSpeed's launcher hands everything after the script to the script, so ``--num_gpus`` behind it is ours to honour:
+
+- started without the launcher, we start it with as many ranks;
+- started as a single rank with more asked for, we start it again (a CPU-only machine gets one rank otherwise);
+- started with more local ranks than asked for, the surplus leaves and the rest is a world of N;
+- anything else cannot be mended from inside and is an error with the command to type.
+
+Nothing here imports torch before it is known that this process trains.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from wmtp_ds.config import Resolved, load_config
+from wmtp_ds.errors import UserError
+
+SCRIPT = "bin/train_stage.py"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed: see :func:`train_options`."""
+
+    stage: str
+    num_gpus: int | None = None
+    config: Path | None = None
+    critic_checkpoint: str | None = None
+    run_name: str | None = None
+    device: str | None = None
+    resume: str = "never"
+    override: tuple[str, ...] = ()
+
+    def arguments(self) -> list[str]:
+        """The same as command-line arguments."""
+        options = {
+            "--stage": self.stage,
+            "--num_gpus": self.num_gpus,
+            "--config": self.config,
+            "--critic-checkpoint": self.critic_checkpoint,
+            "--run-name": self.run_name,
+            "--device": self.device,
+            "--resume": self.resume,
+        }
+        given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+        return given + [part for text in self.override for part in ("--override", text)]
+
+    def load(self) -> Resolved:
+        """The checked config, of this stage.
+
+        Raises:
+            UserError: every problem that can be known before a process group forms.
+        """
+        path = self.config or Path("stage_configs") / f"{self.stage}.toml"
+        overrides = list(self.override)
+        if self.critic_checkpoint is not None:
+            overrides.append(f"experiment.critic_checkpoint={json.dumps(self.critic_checkpoint)}")
+        if self.device is not None:
+            overrides.append(f"runtime.device={json.dumps(self.device)}")
+        resolved = load_config(path, overrides)
+        if resolved.config.experiment.stage != self.stage:
+            raise UserError(
+                f"{path} is a config of stage {resolved.config.experiment.stage!r}, not of {self.stage!r}. "
+                f"Pass --stage {resolved.config.experiment.stage}, or another --config."
+            )
+        return resolved
+
+
+def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of ``bin/train_stage.py`` and ``wmtp-ds train``."""
+    options = [
+        click.option("--stage", required=True, help="baseline, critic, verifiable or rho1 (or one of your own)."),
+        click.option(
+            "--num_gpus", "--num-gpus", type=click.IntRange(min=1), help="Ranks to train with on this machine."
+        ),
+        click.option("--config", type=click.Path(path_type=Path), help="Default: stage_configs/<stage>.toml."),
+        click.option("--critic-checkpoint", help="The critic's folder, file or MLflow URI (verifiable)."),
+        click.option("--run-name", help="Name of the tracked run; default: experiment.name."),
+        click.option("--device", help="auto, cuda or cpu; overrides runtime.device."),
+        click.option(
+            "--resume",
+            default="never",
+            show_default=True,
+            help="auto: go on from the newest sound checkpoint; never; or a checkpoint's path.",
+        ),
+        click.option("--override", multiple=True, metavar="KEY=VALUE", help="May be repeated."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the launcher has put this process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Place | None":
+        """From the launcher's environment; None without one."""
+        if "RANK" not in environ or "WORLD_SIZE" not in environ:
+            return None
+        world_size = int(environ["WORLD_SIZE"])
+        return cls(
+            int(environ["RANK"]),
+            int(environ.get("LOCAL_RANK", "0")),
+            world_size,
+            int(environ.get("LOCAL_SIZE", environ.get("LOCAL_WORLD_SIZE", world_size))),
+        )
+
+
+def decide(place: Place | None, request: Request) -> Literal["launch", "leave", "train"]:
+    """What this process is to do.
+
+    Raises:
+        UserError: where ranks and ``--num_gpus`` cannot be brought together, with the command to type instead.
+    """
+    wanted = request.num_gpus
+    if place is None:
+        return "launch"
+    if wanted is None or wanted == place.local_size:
+        return "train"
+    if place.world_size == 1:
+        return "launch"
+    if place.world_size == place.local_size and wanted < place.local_size:
+        return "leave" if place.local_rank >= wanted else "train"
+    raise UserError(
+        f"--num_gpus {wanted} does not fit the launcher's {place.world_size} ranks, {place.local_size} on this "
+        f"machine. Put the number before the script: deepspeed --num_gpus {wanted} {SCRIPT} --stage {request.stage}"
+    )
+
+
+def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a fresh launcher: what an outer one has set is taken out."""
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in environ.items() if name not in (*outer, "CROSS_RANK", "CROSS_SIZE")}
+    # Ranks run as a module: without this, whatever lies in the current directory could shadow a library.
+    environment["PYTHONSAFEPATH"] = "1"
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def launcher_command(ranks: Sequence[int], request: Request) -> list[str]:
+    """DeepSpeed's single-node launcher for ranks on the given device ids, on a free port."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ranks)}).encode()).decode()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=error", f"--world_info={world}"]
+    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [*launcher, *address, "--module", "wmtp_ds.rank", *request.arguments()]
+
+
+def free_port() -> int:
+    """A TCP port on the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_compiler(device: str) -> None:
+    """DeepSpeed compiles its CPU communication op on first use, and says little when it cannot.
+
+    Raises:
+        UserError: if there is no C++ compiler, with the command that installs one.
+    """
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "c++")):
+        raise UserError("DeepSpeed needs a C++ compiler: sudo apt-get install build-essential (or your system's).")
+
+
+def check_port(place: Place, environ: Mapping[str, str]) -> None:
+    """Rank 0 must be able to listen where the others will look for it.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    if place.rank != 0 or "MASTER_PORT" not in environ:
+        return
+    port = int(environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port}, where the ranks are to meet, is taken ({error.strerror}). Choose another: "
+                f"deepspeed --master_port {free_port()} {SCRIPT} …, or use wmtp-ds train, which finds a free one."
+            ) from None
+
+
+def device_ids(device: str, wanted: int | None, environ: Mapping[str, str]) -> list[int]:
+    """The devices to start ranks on: ``wanted`` of them, by default every GPU, or one CPU rank.
+
+    Raises:
+        UserError: if there are fewer GPUs than asked for.
+    """
+    if device == "cpu":
+        return list(range(wanted or 1))
+    import torch
+
+    count = torch.cuda.device_count()
+    if (wanted or 1) > count:
+        raise UserError(
+            f"--num_gpus {wanted or 1}: this machine has {count} GPUs{_visible(environ)}. "
+            f"Ask for at most {count}, or train on the CPU with --device cpu."
+        )
+    visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
+    ids = [int(part) for part in visible] if len(visible) == count else list(range(count))
+    return ids[: wanted or count]
+
+
+def _visible(environ: Mapping[str, str]) -> str:
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+
+
+def resolve_device(wanted: str) -> str:
+    """``runtime.device`` as "cuda" or "cpu".
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise UserError("runtime.device is cuda, but torch finds no GPU. Check nvidia-smi, or pass --device cpu.")
+    return "cpu"
+
+
+def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
+    """Check everything that can be checked now; the launcher's command and environment.
+
+    Raises:
+        UserError: for a wrong config, missing files, too few GPUs, no compiler.
+    """
+    resolved = request.load()
+    device = resolve_device(resolved.config.runtime.device)
+    check_compiler(device)
+    ids = device_ids(device, request.num_gpus, os.environ)
+    return launcher_command(ids, request), launch_environment(device, os.environ)
+
+
+def launch(request: Request) -> int:
+    """Start the ranks under DeepSpeed's launcher, pass signals on to them, and return their exit code."""
+    command, environment = prepare_launch(request)
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        # To the ranks alone: the launcher itself would kill them one after another.
+        received.append(number)
+        for child in _children(launcher.pid):
+            if len(received) > 1:
+                number = signal.SIGKILL
+            _send(child, number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = launcher.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code < 0:
+        return 128 - code
+    return 128 + received[0] if received and code else code
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

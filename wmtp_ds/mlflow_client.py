@@ -1,0 +1,162 @@
+"""The one door to MLflow's client: imported late, quiet, impatient, and never given a secret to repeat.
+
+MLflow takes seconds to import, logs its database migrations, waits minutes for a dead server and puts the
+tracking URI, password included, into its error messages. Tracking and handoff go through here instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+MASK = "***"
+
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY_SECRET = re.compile(
+    r"([?&](?:[\w-]*(?:token|password|secret|signature|api[_-]?key)|sig)=)[^&\s#'\"]+", re.IGNORECASE
+)
+_SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|access_key|credentials?)$", re.IGNORECASE)
+# Shorter values of secret-looking variables ("1", "true") are ordinary words, not secrets.
+_SHORTEST_SECRET = 6
+
+_registered_secrets: set[str] = set()
+
+# Only set where the user has not: MLflow's own defaults wait 120 s and try eight times.
+_QUIET_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_NOISY_LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a config key's or variable's name says that its value is a secret (``mlflow.token``)."""
+    return bool(_SECRET_KEY.search(key))
+
+
+def mask_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return ``text`` with every secret replaced by ``***``.
+
+    Covered are user names and passwords in URLs, tokens in URL queries, the values of environment variables
+    whose names speak of a secret (``MLFLOW_TRACKING_PASSWORD``), and the credentials of every tracking URI
+    that :func:`clean_tracking_uri` has seen.
+    """
+    environ = os.environ if environ is None else environ
+    secrets = set(_registered_secrets)
+    secrets.update(
+        value for name, value in environ.items() if len(value) >= _SHORTEST_SECRET and _SECRET_VARIABLE.search(name)
+    )
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    text = _USERINFO.sub(f"{MASK}@", text)
+    return _QUERY_SECRET.sub(rf"\g<1>{MASK}", text)
+
+
+def clean_tracking_uri(uri: str) -> str:
+    """Return the tracking URI in the form that is safe to hand to MLflow from any directory.
+
+    - ``http(s)://user:password@host``: the credentials move to ``MLFLOW_TRACKING_USERNAME`` and
+      ``MLFLOW_TRACKING_PASSWORD``, where MLflow looks for them, so that no error message can repeat them;
+    - a relative SQLite path becomes absolute;
+    - a database URI keeps its password (SQLAlchemy needs it), which is masked from then on.
+    """
+    if uri.startswith("sqlite:///"):
+        name, mark, query = uri.removeprefix("sqlite:///").partition("?")
+        if name and name != ":memory:":
+            return f"sqlite:///{os.path.abspath(name)}{mark}{query}"
+        return uri
+    parts = urlsplit(uri)
+    if parts.password:
+        _remember_secret(parts.password)
+    if parts.scheme in ("http", "https") and "@" in parts.netloc:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return uri
+
+
+def _remember_secret(encoded: str) -> None:
+    plain = unquote(encoded)
+    _registered_secrets.update(
+        form for form in (encoded, plain, quote(plain, safe="")) if len(form) >= _SHORTEST_SECRET
+    )
+
+
+def prepare(timeout: int, retries: int) -> None:
+    """Import MLflow (seconds, the first time), silenced.
+
+    Parameters
+    ----------
+    timeout, retries:
+        Seconds to wait for one HTTP answer, and how often MLflow itself asks again; environment variables
+        that the user has set win.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries))
+    for name, value in _QUIET_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import mlflow.tracking  # noqa: F401
+
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def connect(uri: str, *, timeout: int = 10, retries: int = 0) -> MlflowClient:
+    """Return a client of the store at ``uri`` (from :func:`clean_tracking_uri`).
+
+    A SQLite store that is not there is created, with its folder, which takes seconds. Raises whatever MLflow raises:
+    :func:`explain` makes it readable.
+    """
+    prepare(timeout, retries)
+    if uri.startswith("sqlite:////"):
+        Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent.mkdir(parents=True, exist_ok=True)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Let HTTP requests take ``seconds`` inside: a server answers an upload once it has stored all of it."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name, "")
+    if before.isdigit() and int(before) < seconds:
+        os.environ[name] = str(seconds)
+    try:
+        yield
+    finally:
+        if before:
+            os.environ[name] = before
+
+
+def error_code(error: BaseException) -> str:
+    """MLflow's name of the error (``RESOURCE_DOES_NOT_EXIST``), or an empty string."""
+    code: Any = getattr(error, "error_code", "")
+    return code if isinstance(code, str) else ""
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line, without secrets, what went wrong with MLflow, with a hint where one is known."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    # Only the first sentences: MLflow appends whole response bodies.
+    text = mask_secrets(text[:2000])
+    text = text if len(text) <= 300 else text[:297] + "..."
+    lower = str(error).lower()
+    if isinstance(error, ImportError) and "boto3" in lower:
+        return f"{text} (artifacts on S3 need boto3: pip install boto3)"
+    if "401" in lower or "403" in lower or error_code(error) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return f"{text} (check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN)"
+    return text

@@ -1,0 +1,218 @@
+"""Weights in and out, one parameter at a time: no process ever holds the whole model.
+
+transformers' own ZeRO-3 path merges every shard in the memory of rank 0 before it hands parameters out. Here a
+parameter is read from its file, handed out, and forgotten; written likewise.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.initialization import no_init_weights
+
+from wmtp_ds.errors import UserError
+from wmtp_ds.models.fingerprint import StoredTensor, stored_tensors
+from wmtp_ds.models.mtp import MTPLlamaForCausalLM
+
+SHARD_BYTES = 4_000_000_000
+
+
+class Sharding(Protocol):
+    """How parameters are spread over ranks. The engine has one for ZeRO-3; `Whole` is for a single process."""
+
+    # Whether this rank reads and writes files.
+    is_main: bool
+
+    def construct(self) -> AbstractContextManager[Any]:
+        """Modules made inside are sharded as they are made."""
+
+    def gathered(self, parameter: nn.Parameter, modify: bool = False) -> AbstractContextManager[Any]:
+        """Inside, the parameter is whole; with ``modify`` the main rank's change reaches all ranks."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The parameter's full shape."""
+
+
+class Whole:
+    """Everything in this process."""
+
+    is_main = True
+
+    def construct(self) -> AbstractContextManager[Any]:
+        """Nothing to arrange."""
+        return nullcontext()
+
+    def gathered(self, parameter: nn.Parameter, modify: bool = False) -> AbstractContextManager[Any]:
+        """Nothing to gather."""
+        return nullcontext()
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return tuple(parameter.shape)
+
+
+def read_llama_config(folder: Path, n_future_tokens: int | None = None) -> LlamaConfig:
+    """The config of a Llama-architecture folder, optionally with another number of heads.
+
+    Raises:
+        UserError: if it is missing, damaged, or of another architecture.
+    """
+    file = folder / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {folder} is not a model folder.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if fields.get("model_type") != "llama":
+        raise UserError(
+            f"{file}: model_type is {fields.get('model_type')!r}; only Llama-architecture models work here."
+        )
+    if n_future_tokens is not None:
+        fields["n_future_tokens"] = n_future_tokens
+    return LlamaConfig.from_dict(fields)
+
+
+def load_policy(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sharding: Sharding | None = None,
+    n_future_tokens: int | None = None,
+) -> MTPLlamaForCausalLM:
+    """Load a policy (or, with ``n_future_tokens=1``, any Llama as a next-token model) from a folder.
+
+    Args:
+        folder: config.json and safetensors weights.
+        dtype: of the parameters; a sharding that has a dtype of its own (ZeRO-3 with bf16) wins.
+        sharding: how to spread the parameters; None keeps them whole.
+        n_future_tokens: overrides the config's; further heads in the files are left out.
+
+    Raises:
+        UserError: if files are missing or damaged, or names or shapes do not fit the config.
+    """
+    sharding = sharding or Whole()
+    config = read_llama_config(folder, n_future_tokens)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with sharding.construct(), no_init_weights():
+            model = MTPLlamaForCausalLM(config)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    finally:
+        torch.set_default_dtype(previous)
+    _fill(model, folder, sharding)
+    return model
+
+
+def _fill(model: MTPLlamaForCausalLM, folder: Path, sharding: Sharding) -> None:
+    stored = stored_tensors(folder)
+    # Names are compared on every rank, and shapes before anything is gathered: an error inside a collective would
+    # leave the other ranks waiting.
+    parameters = dict(model.named_parameters())
+    missing = sorted(parameters.keys() - stored.keys())
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}.")
+    for name, parameter in parameters.items():
+        if stored[name].shape != sharding.shape(parameter):
+            raise UserError(
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json asks for "
+                f"{list(sharding.shape(parameter))}."
+            )
+    for name, parameter in parameters.items():
+        with sharding.gathered(parameter, modify=True), torch.no_grad():
+            if sharding.is_main:
+                parameter.copy_(_read(name, stored[name]))
+
+
+def _read(name: str, stored: StoredTensor) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def save_weights(
+    module: nn.Module,
+    folder: Path,
+    *,
+    sharding: Sharding | None = None,
+    value_of: Callable[[nn.Parameter], Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a module's parameters as safetensors shards with an index, gathering one parameter at a time.
+
+    Every rank must call this; only the main one writes. Shared parameters are written once, as transformers expects.
+
+    Args:
+        module: its parameter names become the tensor names.
+        folder: exists already.
+        sharding: how parameters are spread.
+        value_of: what to store for a gathered parameter, by default itself.
+        shard_bytes: a new file is begun beyond this size; the memory needed on the main rank.
+    """
+    sharding = sharding or Whole()
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if pending and sharding.is_main:
+            save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, parameter in module.named_parameters():
+        with sharding.gathered(parameter):
+            value = parameter.detach() if value_of is None else value_of(parameter)
+            if sharding.is_main:
+                pending[name] = value.to("cpu", copy=True).contiguous()
+                pending_bytes += math.prod(value.shape) * value.element_size()
+                total_bytes += math.prod(value.shape) * value.element_size()
+        if pending_bytes >= shard_bytes:
+            flush()
+    if pending:
+        flush()
+    if sharding.is_main:
+        _name_shards(folder, shards, total_bytes)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Give the parts the names that transformers looks for, now that their number is known."""
+    if len(shards) == 1:
+        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; never runs code from the folder.
+
+    Raises:
+        UserError: if there is none, or it lacks an end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no tokenizer that loads: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no end-of-text token (eos_token), which solutions must end with."
+        )
+    return tokenizer

@@ -1,0 +1,89 @@
+"""The multi-token-prediction policy (Gloeckle et al. 2024), made of transformers' own Llama blocks.
+
+Of ``num_hidden_layers`` Llama blocks all but the last form the trunk; the last is head 1; ``n_future_tokens − 1``
+more blocks are heads 2..n. Every head reads the trunk's output and is followed by the shared final norm and the
+shared unembedding; head ``k`` at position ``i`` predicts token ``i + k``. Without its extra heads the model *is* a
+``LlamaForCausalLM``, under the same parameter names, so its folder loads as one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+
+class Unembedding(nn.Linear):
+    """The linear layer onto the vocabulary, which can hand its weight to a loss that never holds all logits.
+
+    Under ZeRO-3 a weight is whole only inside the forward of the module that owns it. So a loss that multiplies by
+    the unembedding itself runs in here.
+    """
+
+    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits ``[..., V]``, or what ``loss(hidden, weight)`` returns."""
+        return super().forward(hidden) if loss is None else loss(hidden, self.weight)
+
+
+class MTPLlamaForCausalLM(LlamaForCausalLM):
+    """A Llama policy with ``config.n_future_tokens`` prediction heads.
+
+    ``forward``, ``generate`` and the names of the parameters are those of ``LlamaForCausalLM`` (head 1).
+
+    Raises:
+        ValueError: if the config has no ``n_future_tokens`` ≥ 1.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        n = getattr(config, "n_future_tokens", None)
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"the model's config.json must say n_future_tokens >= 1, not {n!r}")
+        # As LlamaForCausalLM does, but with an unembedding that can host a loss.
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = Unembedding(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp_heads = nn.ModuleList(
+            LlamaDecoderLayer(config, layer_idx=config.num_hidden_layers + extra) for extra in range(n - 1)
+        )
+        self.post_init()
+
+    @property
+    def n_future_tokens(self) -> int:
+        """The number of heads, n."""
+        return len(self.mtp_heads) + 1
+
+    def trunk(self, input_ids_BS: Tensor) -> Tensor:
+        """Token ids ``[B, S]`` -> the trunk's output ``h``, ``[B, S, D]``, not normalised.
+
+        Attention is causal and nothing else: padding belongs on the right, where no token can see it.
+        """
+        hidden_BSD = self.model.embed_tokens(input_ids_BS)
+        for block in self.model.layers[:-1]:
+            hidden_BSD = block(hidden_BSD, **self._attention_inputs(hidden_BSD))
+        return hidden_BSD
+
+    def head_states(self, trunk_BSD: Tensor) -> Tensor:
+        """Trunk output ``[B, S, D]`` -> what the unembedding reads, ``[n, B, S, D]``: each head, then the norm."""
+        inputs = self._attention_inputs(trunk_BSD)
+        return torch.stack(
+            [self.model.norm(block(trunk_BSD, **inputs)) for block in (self.model.layers[-1], *self.mtp_heads)]
+        )
+
+    def _attention_inputs(self, hidden_BSD: Tensor) -> dict[str, Any]:
+        positions_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_BSD,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions_1S,
+        )
+        return {
+            "attention_mask": mask,
+            "position_embeddings": self.model.rotary_emb(hidden_BSD, position_ids=positions_1S),
+            "position_ids": positions_1S,
+        }

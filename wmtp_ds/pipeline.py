@@ -1,0 +1,150 @@
+"""Several stages one after another, as children of one tracked run; a critic is handed to what needs one."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wmtp_ds.config import ConfigError, Resolved
+from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.export import BEST
+from wmtp_ds.launch import Request, launch
+from wmtp_ds.run_folder import read_summary, write_summary
+
+# Stands for the critic that an earlier stage is going to make: URIs are checked by their form until then.
+_COMING = "runs:/coming/checkpoint_best"
+
+
+@dataclass
+class Step:
+    """A stage of the pipeline: what was typed, and what it resolves to now."""
+
+    request: Request
+    resolved: Resolved
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's checkpoints go."""
+        return Path(self.resolved.config.checkpoint.save_dir)
+
+
+def plan_pipeline(requests: Sequence[Request]) -> list[Step]:
+    """Check every config before the first stage starts.
+
+    A stage that needs a critic takes it from the last stage before it that makes one (trains a value head without
+    needing a critic itself); without such a stage, from its own config.
+
+    Raises:
+        UserError: all problems of all configs in one message.
+    """
+    steps: list[Step] = []
+    problems: list[str] = []
+    makes_critic = False
+    for request in requests:
+        try:
+            handed = replace(request, critic_checkpoint=_COMING) if makes_critic else request
+            resolved = handed.load() if _needs_critic(request.stage) else request.load()
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        steps.append(Step(request, resolved))
+        training = resolved.config.training
+        makes_critic |= training.has_value_head and not training.needs_critic
+    if problems:
+        raise UserError("\n".join(problems))
+    folders = [step.folder for step in steps]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"two stages of the pipeline write to {folder}; give each its own experiment.name.")
+    return steps
+
+
+def _needs_critic(stage: str) -> bool:
+    from wmtp_ds.config.training import stage_names, training_class
+
+    return stage in stage_names() and training_class(stage).needs_critic
+
+
+def run_pipeline(
+    requests: Sequence[Request], *, name: str, reuse: bool, say: Callable[[str], None]
+) -> tuple[int, list[Path]]:
+    """Train every stage through the launcher, in order, until one fails.
+
+    Args:
+        requests: the stages, as ``wmtp-ds train`` takes them.
+        name: of the parent run.
+        reuse: a stage that was completed before with the same config is not trained again.
+        say: takes lines for the user.
+
+    Returns:
+        The exit code of the stage that failed, or 0; and the folders of the runs that are complete.
+
+    Raises:
+        UserError: if a config is wrong; nothing was started then.
+    """
+    steps = plan_pipeline(requests)
+    critic: str | None = None
+    parent: str | None = None
+    complete: list[Path] = []
+    for step in steps:
+        training = step.resolved.config.training
+        request = step.request
+        if training.needs_critic and critic is not None:
+            request = replace(request, critic_checkpoint=critic)
+        fingerprint = json.dumps({"config": step.resolved.hash(), "critic": request.critic_checkpoint})
+        done = read_summary(step.folder)
+        if reuse and done.get("completed") and done.get("pipeline") == fingerprint:
+            say(f"{request.stage}: {step.folder} is complete and its config has not changed; not trained again")
+        else:
+            parent = parent or _start_parent(step.resolved, name, say)
+            overrides = (
+                [*request.override, f"mlflow.parent_run_id={json.dumps(parent)}"] if parent else request.override
+            )
+            code = launch(replace(request, override=tuple(overrides)))
+            done = read_summary(step.folder)
+            if code or not done.get("completed"):
+                say(f"{request.stage} ended with exit code {code}; the stages after it were not started")
+                return code or 1, complete
+            write_summary(step.folder, pipeline=fingerprint)
+        complete.append(step.folder)
+        if training.has_value_head and not training.needs_critic:
+            critic = critic_of(step.folder)
+    return 0, complete
+
+
+def critic_of(folder: Path) -> str:
+    """The critic of a completed run: its MLflow artifact, or the path where the run was not tracked.
+
+    Raises:
+        RunError: if the run exported none.
+    """
+    exported = folder / BEST
+    if not exported.is_dir():
+        raise RunError(f"{folder} has no {BEST}: train the critic with checkpoint.save_best = true.")
+    run_id = read_summary(folder).get("mlflow_run_id")
+    return f"runs:/{run_id}/{BEST}" if run_id else str(exported)
+
+
+def _start_parent(resolved: Resolved, name: str, say: Callable[[str], None]) -> str | None:
+    """The run above the stages' own; None where tracking is off or the server does not answer."""
+    config = resolved.config.mlflow
+    if not config.tracking_uri:
+        return None
+    if config.parent_run_id:
+        return config.parent_run_id
+    from wmtp_ds import mlflow_client
+
+    try:
+        client = mlflow_client.connect(mlflow_client.clean_tracking_uri(config.tracking_uri))
+        experiment = client.get_experiment_by_name(config.experiment)
+        identifier = (
+            experiment.experiment_id
+            if experiment is not None
+            else client.create_experiment(config.experiment, artifact_location=config.s3_artifacts or None)
+        )
+        run = client.create_run(identifier, run_name=name, tags={"stage": "pipeline"})
+        client.set_terminated(run.info.run_id)
+        return str(run.info.run_id)
+    except Exception as error:  # tracking never stops training
+        say(f"warning: MLflow made no parent run ({mlflow_client.explain(error)}); the stages are tracked without one")
+        return None

@@ -1,0 +1,112 @@
+"""The process of one rank: what ``bin/train_stage.py`` runs, how it is quieted, and how it ends."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from typing import Any
+
+import click
+
+from wmtp_ds.errors import UserError
+from wmtp_ds.launch import (
+    Place,
+    Request,
+    check_compiler,
+    check_port,
+    decide,
+    prepare_launch,
+    resolve_device,
+    train_options,
+)
+from wmtp_ds.signals import die_with_parent
+
+# How long the other ranks of a node wait for local rank 0 to say what is wrong, before the launcher ends all.
+_LAST_WORD_SECONDS = 20
+
+
+@click.command(epilog="Example: deepspeed bin/train_stage.py --stage rho1 --num_gpus 4")
+@train_options
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, help="The launcher prepends it.")
+def main(local_rank: int | None, **typed: Any) -> None:
+    """Train a stage: on this rank if DeepSpeed's launcher has started it, else through the launcher."""
+    request, place = Request(**typed), Place.of(os.environ)
+    try:
+        action = decide(place, request)
+        if action == "launch":
+            command, environment = prepare_launch(request)
+            sys.stdout.flush()
+            os.execve(command[0], command, environment)
+        sys.exit(0 if action == "leave" or place is None else train_rank(request, place))
+    except UserError as error:
+        if place is not None and place.local_rank != 0:
+            time.sleep(_LAST_WORD_SECONDS)
+        else:
+            click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def train_rank(request: Request, place: Place) -> int:
+    """Train on this rank; returns the exit code, or leaves the process where a tidy end could hang.
+
+    Raises:
+        UserError: for what is wrong before a process group forms.
+    """
+    resolved = request.load()
+    device = resolve_device(resolved.config.runtime.device)
+    check_compiler(device)
+    check_port(place, os.environ)
+    die_with_parent()
+    quiet(resolved.config.runtime.log_level, place)
+    if request.num_gpus is not None and place.world_size == place.local_size:
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(request.num_gpus)
+    os.environ["DS_ACCELERATOR"] = device
+    if device == "cpu":
+        share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
+    from wmtp_ds import distributed
+    from wmtp_ds.train import train
+
+    try:
+        code = train(resolved, run_name=request.run_name, resume=request.resume)
+    except UserError as error:
+        if not distributed.initialized():
+            raise
+        if distributed.is_main() or error.exit_code == 1:
+            click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Other ranks may wait in a collective that this one will never join; a tidy end would wait for them, too.
+        os._exit(code)
+    distributed.close()
+    return code
+
+
+def share_cores(ranks: int) -> None:
+    """Ranks on one CPU share its cores; torch would give all of them to each."""
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def quiet(level: str, place: Place) -> None:
+    """Warnings from libraries and ``level`` from us, on one rank of each node."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("wmtp_ds").setLevel(level.upper())
+    if place.local_rank != 0:
+        logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Deprecations inside DeepSpeed's use of torch: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The data of a run: which rows each optimizer step reads, and the batches made of them."""
+
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmtp_ds.config import Resolved
+from wmtp_ds.data.batches import Batch, Collator, eligible_rows, validation_batches
+from wmtp_ds.data.index import DataIndex, build_index
+from wmtp_ds.data.loader import load_batch, load_windows
+from wmtp_ds.data.sampling import SamplePlan, count_steps, epoch_size, sample_plan
+from wmtp_ds.data.templates import get_template
+from wmtp_ds.errors import UserError
+from wmtp_ds.models.loading import load_tokenizer
+
+
+@dataclass
+class RunData:
+    """Training windows and validation batches of one rank. Made before the process group forms."""
+
+    resolved: Resolved
+    tokenizer: Any
+    train: DataIndex
+    validation: DataIndex
+    plan: SamplePlan
+    collator: Collator
+    validation_rows: np.ndarray
+    too_long: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.plan.total_steps
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of one epoch, which need not be whole."""
+        return self.plan.epoch_rows / self.plan.global_batch
+
+    def windows(self, start: int, rank: int, world_size: int) -> Generator[list[Batch], None, None]:
+        """This rank's micro-batches of each optimizer step from ``start`` on."""
+        training = self.resolved.config.training
+        return load_windows(
+            self.train,
+            self.plan,
+            self.collator,
+            rank=rank,
+            world_size=world_size,
+            batch_size=training.batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            start=start,
+        )
+
+    def validation_batches(self, rank: int, world_size: int) -> list[Batch]:
+        """This rank's share of the validation rows; as many batches on every rank."""
+        size = self.resolved.config.training.batch_size
+        shares = validation_batches(self.validation_rows, rank, world_size, size)
+        return [load_batch(self.validation, self.collator, rows) for rows in shares]
+
+
+def open_data(resolved: Resolved, world_size: int) -> RunData:
+    """Index the data, check that it has what the stage needs, and plan every draw of the run.
+
+    Raises:
+        UserError: for malformed or empty data, or rows of a kind that is needed and not there.
+    """
+    config = resolved.config
+    tokenizer = load_tokenizer(Path(config.models.policy.tokenizer_path))
+    train = build_index(Path(config.dataset.train))
+    validation = build_index(Path(config.dataset.validation))
+    collator = Collator(tokenizer, get_template(config.dataset.template), config.dataset.max_length)
+    eligible, too_long = eligible_rows(train, tokenizer, config.dataset.max_length)
+    training = config.training
+    global_batch = training.batch_size * training.gradient_accumulation_steps * world_size
+    steps = count_steps(
+        training.n_epochs, epoch_size(train, config.data_sampling, eligible), global_batch, training.max_steps
+    )
+    plan = sample_plan(train, config.data_sampling, total_steps=steps, global_batch=global_batch, eligible=eligible)
+    fits, _ = eligible_rows(validation, tokenizer, config.dataset.max_length)
+    # Validation loss is over correct solutions; a value head is judged on incorrect ones, too.
+    wanted = fits if training.has_value_head else fits & validation.is_correct
+    rows = np.flatnonzero(wanted)
+    if not len(rows):
+        kind = "solution" if training.has_value_head else "correct solution"
+        raise UserError(
+            f"dataset.validation: {config.dataset.validation} has no {kind} of at most {config.dataset.max_length} "
+            "tokens (dataset.max_length). Add some, or raise the limit."
+        )
+    return RunData(resolved, tokenizer, train, validation, plan, collator, rows, too_long)
+
+
+def world_size_from_launcher() -> int:
+    """The number of ranks that the launcher has announced, known before the process group forms."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

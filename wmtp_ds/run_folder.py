@@ -1,0 +1,124 @@
+"""The folder of a run, ``checkpoint.save_dir``: who may write to it, and what happens to an earlier run in it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from wmtp_ds.checkpoint import Checkpoints, verify_manifest
+from wmtp_ds.errors import UserError
+
+SUMMARY = "run.json"
+
+
+class RunFolder:
+    """A run's folder, locked while the run lives.
+
+    Args:
+        root: ``checkpoint.save_dir``.
+        resume: "auto", "never", or the path of a checkpoint or of a run's folder.
+
+    Raises:
+        UserError: if another process trains there, or the checkpoint to resume from is not there or damaged.
+    """
+
+    def __init__(self, root: Path, resume: str):
+        self.root = root
+        self.resume = resume
+        self._lock: TextIO | None = None
+        if resume not in ("auto", "never"):
+            self._check_source(Path(resume))
+
+    def _check_source(self, source: Path) -> None:
+        if not source.is_dir():
+            raise UserError(f"--resume {source}: there is no such folder. Give a checkpoint (step_…), auto or never.")
+        if not source.name.startswith("step_") and not Checkpoints(source).steps():
+            raise UserError(f"--resume {source}: neither a checkpoint nor a run's folder with checkpoints (step_…).")
+
+    def lock(self) -> None:
+        """Claim the folder; only the main rank calls this.
+
+        Raises:
+            UserError: if another run holds it, or it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"checkpoint.save_dir: another run is training in {self.root}. Wait for it, or choose another folder "
+                "with --override checkpoint.save_dir=FOLDER."
+            ) from None
+        except OSError as error:
+            raise UserError(f"checkpoint.save_dir: cannot write to {self.root}: {error}") from None
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Make room for a run that starts anew: an earlier run's files move aside, none is ever overwritten.
+
+        Only the main rank calls this.
+        """
+        earlier = [path for path in self.root.iterdir() if path.name != ".lock"]
+        resumes_here = self.resume == "auto" or Path(self.resume).resolve().is_relative_to(self.root.resolve())
+        if not earlier or (self.resume != "never" and resumes_here):
+            return
+        number = 1
+        while (aside := self.root.with_name(f"{self.root.name}.{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        hint = ""
+        if Checkpoints(aside).steps() and not read_summary(aside).get("completed"):
+            hint = f" It was not finished; to go on with it instead: --resume {aside}"
+        say(f"the earlier run in {self.root} was moved to {aside}.{hint}")
+
+    def source(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> Path | None:
+        """The checkpoint to resume from, the same on every rank (all must call); None to start anew.
+
+        Raises:
+            UserError: if the one that was named is damaged, or none in the folder that was named is sound.
+        """
+        if self.resume == "never":
+            return None
+        if self.resume == "auto":
+            return checkpoints.newest(warn)
+        named = Path(self.resume)
+        if named.name.startswith("step_"):
+            problem = verify_manifest(named)
+            if problem is not None:
+                raise UserError(f"--resume {named}: the checkpoint is damaged: {problem}. Take another one.")
+            return named
+        found = Checkpoints(named).newest(warn)
+        if found is None:
+            raise UserError(f"--resume {named}: none of its checkpoints is sound.")
+        return found
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def read_summary(root: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run's folder says; empty if there is none."""
+    try:
+        summary: dict[str, Any] = json.loads((root / SUMMARY).read_text())
+        return summary
+    except (OSError, ValueError):
+        return {}
+
+
+def write_summary(root: Path, **fields: Any) -> None:
+    """Add to what ``run.json`` tells other programs of the run in a folder."""
+    temporary = root / f".{SUMMARY}.tmp"
+    temporary.write_text(json.dumps(read_summary(root) | fields, indent=2) + "\n")
+    temporary.replace(root / SUMMARY)
+
+
+def is_main_process() -> bool:
+    """Whether the launcher made this process rank 0; known before the process group forms."""
+    return os.environ.get("RANK", "0") == "0"

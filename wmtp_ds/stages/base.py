@@ -1,0 +1,254 @@
+"""What every stage shares: the model that the engine runs, and the losses that stages are made of.
+
+A stage says what to train and how to weigh; its file holds that and nothing else. Its loss runs inside
+:class:`StageModel`'s forward, because only there has ZeRO-3 gathered the parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wmtp_ds.data.batches import Batch
+from wmtp_ds.models.mtp import MTPLlamaForCausalLM
+from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.weighting.normalize import Standardisation
+from wmtp_ds.weighting.statistics import entropy_sums, moments
+from wmtp_ds.weighting.targets import mtp_targets, per_head
+from wmtp_ds.weighting.td import compute_gae, discounted_returns
+from wmtp_kernels import IGNORE_INDEX, reference_cross_entropy, weighted_linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What losses are divided by: counts over the *global batch*, every rank and accumulation step.
+
+    Counts of micro-batches add up, so they are exchanged as one float64 vector before the first backward.
+    """
+
+    targets_n: Tensor  # M_k: the targets that head k learns from
+    supervised_n: Tensor  # all supervised targets of head k
+    decisions: Tensor  # scalar
+    tokens: Tensor  # scalar: tokens that are not padding
+    sequences: Tensor  # scalar: sequences with decisions
+    standardisation: Standardisation = field(default_factory=Standardisation)
+
+    def pack(self) -> Tensor:
+        """All counts as one float64 vector ``[2n + 3]``."""
+        scalars = [self.decisions, self.tokens, self.sequences]
+        parts = [self.targets_n, self.supervised_n, torch.stack(scalars)]
+        return torch.cat([part.double() for part in parts])
+
+    @classmethod
+    def unpack(cls, packed: Tensor, n: int) -> Totals:
+        """The inverse of :meth:`pack`."""
+        return cls(packed[:n], packed[n : 2 * n], *packed[2 * n :])
+
+
+@dataclass
+class Output:
+    """A micro-batch's share of the global batch's loss, and what to log about it."""
+
+    loss: Tensor
+    # Scalars that add up over micro-batches and ranks to the global batch's value.
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    # Moments (see weighting.statistics) of a quantity over this micro-batch's decisions.
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: Output) -> Output:
+        return Output(self.loss + other.loss, self.shares | other.shares, self.moments | other.moments)
+
+
+class Stage:
+    """What to train and how to weigh. Subclass it in ``wmtp_ds/stages/<stage>.py``; see ``docs/stages.md``.
+
+    Args:
+        training: the stage's ``[training]`` table, validated.
+    """
+
+    # Whether the policy is trained; if not, its trunk runs without gradient and its heads not at all.
+    trains_policy: ClassVar[bool] = True
+
+    def __init__(self, training: Any):
+        self.training = training
+
+    @property
+    def needs_window(self) -> bool:
+        """Whether weights depend on the advantages of the whole global batch (a value pass before the first loss)."""
+        return False
+
+    def standardise(self, values: Sequence[Tensor], batches: Sequence[Batch]) -> Standardisation:
+        """Constants of the weights over the global batch, from the values of this rank's window (collective)."""
+        raise NotImplementedError
+
+    def learned_targets(self, supervised_nBS: Tensor) -> Tensor:
+        """``M_k`` of a micro-batch: how many targets each head learns from, int64 ``[n]``."""
+        return supervised_nBS.sum((1, 2))
+
+    def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
+        """This micro-batch's share of the loss; runs inside the engine's forward."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch, n: int) -> Totals:
+        """This micro-batch's counts; their sums over the global batch are what :meth:`loss` is given."""
+        supervised_nBS = batch_targets(batch, n) != IGNORE_INDEX
+        return Totals(
+            self.learned_targets(supervised_nBS),
+            supervised_nBS.sum((1, 2)),
+            batch.decisions.sum(),
+            (batch.segment_ids > 0).sum(),
+            batch.decisions.any(-1).sum(),
+        )
+
+
+def make_stage(name: str, training: Any) -> Stage:
+    """The stage defined in ``wmtp_ds/stages/<name>.py``: its subclass of :class:`Stage`."""
+    module = importlib.import_module(f"wmtp_ds.stages.{name}")
+    classes = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Stage) and kind.__module__ == module.__name__
+    ]
+    assert len(classes) == 1, f"{module.__name__} must define exactly one Stage, not {len(classes)}"
+    return classes[0](training)
+
+
+class StageModel(nn.Module):
+    """The policy, its value head if the stage has one, and the stage's loss, as one module for the engine."""
+
+    def __init__(self, policy: MTPLlamaForCausalLM, value_head: ValueHead | None, stage: Stage):
+        super().__init__()
+        self.policy = policy
+        self.value_head = value_head
+        self.stage = stage
+
+    @property
+    def n(self) -> int:
+        """Number of prediction heads."""
+        return self.policy.n_future_tokens
+
+    def forward(
+        self, batch: Batch, totals: Totals | None = None, reference_BS: Tensor | None = None, mode: str = "loss"
+    ) -> Any:
+        """The stage's loss of a micro-batch; or its values ``[B, S, 1]``, or its evaluation, by ``mode``."""
+        if mode == "values":
+            return self.values(self.trunk(batch))
+        if mode == "evaluate":
+            return self.evaluate(batch)
+        assert totals is not None
+        output = self.stage.loss(self, batch, totals, reference_BS)
+        # A plain tuple: DeepSpeed's hooks look for tensors in tuples and dicts, not in classes of ours.
+        return output.loss, output.shares, output.moments
+
+    def trunk(self, batch: Batch) -> Tensor:
+        """The trunk's output ``[B, S, D]``; without gradient where the stage does not train the policy."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage.trains_policy):
+            return self.policy.trunk(batch.input_ids)
+
+    def values(self, trunk_BSD: Tensor) -> Tensor:
+        """``V`` after the activation, ``[B, S, 1]`` float32."""
+        assert self.value_head is not None, "this stage has no value head"
+        values: Tensor = self.value_head(trunk_BSD)
+        return values
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over a validation batch, without gradient; see ``evaluation.py`` for what becomes of them."""
+        trunk_BSD = self.trunk(batch)
+        sums: dict[str, Tensor] = {}
+        if self.stage.trains_policy:
+            # Validation loss is the policy's on correct solutions, whatever it trains on.
+            targets_nBS = batch_targets(batch, self.n)
+            targets_nBS = targets_nBS.masked_fill(batch.rewards[None, :, None] < 0.5, IGNORE_INDEX)
+            ce_nBS = self._unembed(self.policy.head_states(trunk_BSD), targets_nBS, reference_cross_entropy)
+            sums["ce_n"] = ce_nBS.double().sum(-1)
+            sums["targets_n"] = (targets_nBS != IGNORE_INDEX).sum((1, 2)).double()
+        if self.value_head is not None:
+            values_BS = self.values(trunk_BSD).squeeze(-1)
+            sums["value_loss"] = value_errors(self.stage.training, values_BS, batch).double().sum()
+            sums["decisions"] = batch.decisions.sum().double()
+            sums["values_BS"] = values_BS
+        return sums
+
+    def _unembed(self, hidden_nBSD: Tensor, targets_nBS: Tensor, function: Any) -> Tensor:
+        flat_targets = targets_nBS.reshape(-1)
+        losses: Tensor = self.policy.lm_head(
+            hidden_nBSD.flatten(0, -2), loss=lambda hidden, weight: function(hidden, weight, flat_targets)
+        )
+        return losses.view(self.n, -1)
+
+    def weighted_cross_entropy(self, trunk_BSD: Tensor, batch: Batch, weights_BS: Tensor, totals: Totals) -> Output:
+        """``(1/n) Σ_k (1/M_k) Σ w_{i+k−1}·CE_{i,k}``: the policy loss with one weight for each decision.
+
+        Args:
+            trunk_BSD: the trunk's output.
+            batch: the micro-batch.
+            weights_BS: float, the weight of each decision, 0 elsewhere; no gradient flows to it.
+            totals: counts over the global batch.
+        """
+        hidden_nBSD = self.policy.head_states(trunk_BSD)
+        targets_nBS = batch_targets(batch, self.n)
+        weights_nBS = per_head(weights_BS, self.n)
+        scales_n = head_scales(totals)
+        loss, ce_N = self.policy.lm_head(
+            hidden_nBSD.flatten(0, -2),
+            loss=partial(
+                weighted_linear_cross_entropy,
+                targets_N=targets_nBS.reshape(-1),
+                weights_N=weights_nBS.reshape(-1),
+                scales_N=scales_n.repeat_interleave(targets_nBS[0].numel()),
+            ),
+        )
+        return Output(loss, head_shares(scales_n, weights_nBS, ce_N.view_as(weights_nBS)))
+
+
+def batch_targets(batch: Batch, n: int) -> Tensor:
+    """Targets of all heads, ``[n, B, S]``."""
+    return mtp_targets(batch.input_ids, batch.supervised, batch.segment_ids, n)
+
+
+def head_scales(totals: Totals) -> Tensor:
+    """``1/(n·M_k)``, 0 for a head without targets: ``[n]`` float32."""
+    n = totals.targets_n.numel()
+    return torch.where(totals.targets_n > 0, 1.0 / (n * totals.targets_n.clamp(min=1)), 0.0).float()
+
+
+def head_shares(scales_n: Tensor, weights_nBS: Tensor, ce_nBS: Tensor) -> dict[str, Tensor]:
+    """This micro-batch's share of each head's loss, ``(1/M_k) Σ w·CE``, by name."""
+    losses_n = len(scales_n) * scales_n * (weights_nBS * ce_nBS).sum((1, 2))
+    return {f"train/loss_head_{k}": loss for k, loss in enumerate(losses_n, start=1)}
+
+
+def weight_statistics(weights_BS: Tensor, batch: Batch, totals: Totals) -> Output:
+    """What to log of the weights of decisions; adds nothing to the loss."""
+    entropy, _ = entropy_sums(weights_BS, batch.decisions)
+    return Output(
+        weights_BS.new_zeros(()),
+        {"weight/entropy": entropy / totals.sequences.clamp(min=1)},
+        {"weight": moments(weights_BS, batch.decisions)},
+    )
+
+
+def value_errors(training: Any, values_BS: Tensor, batch: Batch) -> Tensor:
+    """The value loss of each decision, ``[B, S]``, 0 elsewhere: mse, huber or mae against return or GAE target."""
+    if training.value_target == "return":
+        targets_BS = discounted_returns(batch.decisions, batch.rewards, training.gamma)
+    else:
+        fixed_BS1 = values_BS.detach()[..., None]
+        gae_BS = compute_gae(fixed_BS1, batch.rewards, training.gamma, training.gae_lambda, batch.decisions)
+        targets_BS = values_BS.detach() + gae_BS
+    losses: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "huber": F.huber_loss, "mae": F.l1_loss}
+    errors_BS = losses[training.loss_type](values_BS, targets_BS, reduction="none")
+    return torch.where(batch.decisions, errors_BS, 0.0)
+
+
+def value_loss(training: Any, values_BS: Tensor, batch: Batch, totals: Totals) -> Output:
+    """The mean value loss over the global batch's decisions: this micro-batch's share."""
+    loss = value_errors(training, values_BS, batch).sum() / totals.decisions.clamp(min=1).to(values_BS.dtype)
+    return Output(loss, {"train/value_loss": loss.detach()}, {"value": moments(values_BS, batch.decisions)})

@@ -1,0 +1,50 @@
+"""Rho-1: learn the tokens whose loss exceeds a frozen reference model's the most (Lin et al. 2024)."""
+
+from functools import partial
+
+from torch import Tensor
+
+from wmtp_ds.data.batches import Batch
+from wmtp_ds.stages.base import Output, Stage, StageModel, Totals, batch_targets, head_scales, head_shares
+from wmtp_ds.weighting.statistics import moments
+from wmtp_ds.weighting.targets import per_head
+from wmtp_kernels import IGNORE_INDEX, rho1_linear_cross_entropy
+from wmtp_kernels.rho1 import kept_counts
+
+
+class Rho1(Stage):
+    """Selective language modelling: per head, the top ``k_percent`` of targets by excess loss; or soft weights."""
+
+    def learned_targets(self, supervised_nBS: Tensor) -> Tensor:
+        """The number of targets that will be selected is known before any loss is: ``⌈k·M⌉`` of each group."""
+        if self.training.weighting == "softmax":
+            return supervised_nBS.sum((1, 2))
+        group = (1, 2) if self.training.selection_scope == "batch" else 2
+        kept = kept_counts(supervised_nBS.sum(group), self.training.k_percent)
+        return kept.view(len(supervised_nBS), -1).sum(1)
+
+    def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
+        """``(1/n) Σ_k (1/M_k) Σ w·CE`` over selected targets, ``w`` from the excess ``CE_{i,k} − r_{i+k}``."""
+        cfg = self.training
+        assert reference_BS is not None, "rho1 needs the reference model's losses"
+        targets_nBS = batch_targets(batch, model.n)
+        scales_n = head_scales(totals)
+        loss, ce_nBS, weights_nBS = model.policy.lm_head(
+            model.policy.head_states(model.trunk(batch)),
+            loss=partial(
+                rho1_linear_cross_entropy,
+                targets_nBS=targets_nBS,
+                reference_nBS=per_head(reference_BS, model.n, first=1),
+                k_percent=cfg.k_percent,
+                excess=cfg.excess,
+                weighting=cfg.weighting,
+                scope=cfg.selection_scope,
+                temperature=cfg.temperature,
+                scales_n=scales_n,
+            ),
+        )
+        supervised_nBS = targets_nBS != IGNORE_INDEX
+        shares = head_shares(scales_n, weights_nBS, ce_nBS)
+        shares["rho1/selected_ratio"] = (weights_nBS > 0).sum() / totals.supervised_n.sum().clamp(min=1)
+        shares["rho1/reference_loss"] = (reference_BS * batch.supervised).sum() / totals.decisions.clamp(min=1)
+        return Output(loss, shares, {"weight": moments(weights_nBS, supervised_nBS)})

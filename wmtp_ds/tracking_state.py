@@ -1,0 +1,357 @@
+"""What a run directory remembers: ``metrics.jsonl``, and in ``tracking.json`` how much of it MLflow has.
+
+``metrics.jsonl`` is the queue: the training process appends, the sender reads from a byte position that it
+moves only after MLflow has taken the points. Nothing waits in memory, so a server may be away for days and
+a killed process loses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wmtp_ds.errors import RunError, UserError
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "tracking.json"
+LOCK_FILE = ".tracking.lock"
+
+logger = logging.getLogger("wmtp_ds.tracking")
+
+
+class MetricLine(NamedTuple):
+    """One line of ``metrics.jsonl``."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+    replayed: frozenset[str] = frozenset()
+
+
+def encode_line(step: int, time_ms: int, metrics: Mapping[str, float], replayed: frozenset[str] = frozenset()) -> bytes:
+    """One line of strict JSON, with its newline; NaN and infinities become strings that ``float`` reads."""
+    values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    record: dict[str, Any] = {"step": step, "time": time_ms, "metrics": values}
+    if replayed:
+        record["replayed"] = sorted(replayed)
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def decode_line(line: bytes) -> MetricLine | None:
+    """The inverse of :func:`encode_line`; None for a line that is damaged."""
+    try:
+        record = json.loads(line)
+        metrics = {str(name): float(value) for name, value in record["metrics"].items()}
+        replayed = frozenset(map(str, record.get("replayed", ())))
+        return MetricLine(int(record["step"]), int(record["time"]), metrics, replayed)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Read ``metrics.jsonl`` into {step: {name: value}}, in order of step.
+
+    After a resume a step may be there twice: the later value wins. Damaged lines are left out.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    with path.open("rb") as file:
+        for raw in file:
+            line = decode_line(raw)
+            if line is not None:
+                steps.setdefault(line.step, {}).update(line.metrics)
+    return dict(sorted(steps.items()))
+
+
+class Journal:
+    """Appends to ``metrics.jsonl``, one write a line, so that a kill at any moment costs no earlier line.
+
+    A full disk does not stop training: lines that could not be written wait (up to 100,000 of them) and are
+    written with the next one that can be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: deque[bytes] = deque(maxlen=100_000)
+        self._warned = False
+        self._earlier: dict[int, dict[str, float]] | None = None
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        self._resumed = size > 0
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            self._waiting.append(b"\n")  # a kill cut the last line short: end it
+
+    def append(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
+        """Write one line, now. Never raises for a full or broken disk: warns once."""
+        time_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+        self._waiting.append(encode_line(step, time_ms, metrics, self._replayed(step, metrics)))
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("cannot write %s (%s): training goes on, metrics wait", self._path, error)
+
+    def _write(self, data: bytes) -> None:
+        written = os.write(self._descriptor, data)
+        if written != len(data):  # the disk filled up within the line: take the piece back
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, "no space left for a whole line")
+
+    def _replayed(self, step: int, metrics: Mapping[str, float]) -> frozenset[str]:
+        """Metrics of this step that an earlier process has written already, with the same value.
+
+        A run that was killed at step 14 and resumes from a checkpoint of step 10 computes 11 to 14 again.
+        Their points are in the file, so they need not be sent a second time.
+        """
+        if self._earlier is None:
+            self._earlier = self._lines_from(step) if self._resumed else {}
+        earlier = self._earlier.get(step)
+        if not earlier:
+            return frozenset()
+        return frozenset(name for name, value in metrics.items() if _same(earlier.get(name), value))
+
+    def _lines_from(self, step: int) -> dict[int, dict[str, float]]:
+        try:
+            return {s: metrics for s, metrics in read_metrics(self._path).items() if s >= step}
+        except OSError:
+            return {}
+
+    def close(self) -> None:
+        """Close the file; later appends are an error."""
+        os.close(self._descriptor)
+
+
+def _same(a: float | None, b: float) -> bool:
+    return a is not None and (a == b or (math.isnan(a) and math.isnan(b)))
+
+
+class Chunk(NamedTuple):
+    """Some whole lines of the journal, and the byte position after them."""
+
+    lines: list[MetricLine]
+    end: int
+    n_lines: int
+    n_damaged: int
+
+
+def read_chunk(path: Path, start: int, max_points: int) -> Chunk:
+    """Read whole lines from byte ``start`` until about ``max_points`` metric values are gathered.
+
+    A last line without its newline is still being written and is left for the next time. A file that is
+    shorter than ``start`` was replaced: it is read from its beginning (MLflow drops points that it has).
+    """
+    lines: list[MetricLine] = []
+    points = damaged = count = 0
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return Chunk([], start, 0, 0)
+    with file:
+        end = start if start <= os.fstat(file.fileno()).st_size else 0
+        file.seek(end)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                break
+            end += len(raw)
+            count += 1
+            line = decode_line(raw)
+            if line is None:
+                damaged += bool(raw.strip())
+                continue
+            lines.append(line)
+            points += len(line.metrics)
+            if points >= max_points:
+                break
+    return Chunk(lines, end, count, damaged)
+
+
+def unread_bytes(path: Path, start: int) -> int:
+    """How many bytes lie behind position ``start`` (all of a file that was replaced by a shorter one)."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    return size - start if size >= start else size
+
+
+@dataclass
+class TrackedArtifact:
+    """A file or folder that MLflow is to get; ``done`` maps its files to the [size, mtime_ns] sent."""
+
+    path: str  # absolute, or relative to the run directory
+    artifact_path: str
+    sent: bool = False
+    done: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class TrackingState:
+    """``tracking.json``: which run this is, what belongs to it, and what MLflow does not have yet.
+
+    Holds no secret. ``lock`` guards every field: the training thread adds, the sender ticks off.
+    """
+
+    experiment: str
+    run_name: str
+    tracking_uri: str  # secrets masked
+    artifact_location: str = ""
+    local_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    experiment_id: str | None = None
+    run_id: str | None = None
+    inherited: bool = False  # `mlflow run` made the run, and it does not have our name yet
+    creating: bool = False  # a run was asked for, and the answer may have been lost
+    start_time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    end_time: int | None = None
+    status: str = "RUNNING"
+    status_sent: str = ""
+    sent_bytes: int = 0
+    sent_lines: int = 0
+    sent_step: int | None = None
+    damaged_lines: int = 0
+    rejected: list[str] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    unsent_params: list[str] = field(default_factory=list)
+    unsent_tags: list[str] = field(default_factory=list)
+    artifacts: list[TrackedArtifact] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self._save_failed = False
+        self._frozen = False
+
+    def add_params(self, params: Mapping[str, str]) -> None:
+        """Take parameters in, to be sent."""
+        with self.lock:
+            self.params.update(params)
+            self.unsent_params = list(dict.fromkeys([*self.unsent_params, *params]))
+
+    def add_tags(self, tags: Mapping[str, str]) -> None:
+        """Take tags in; those that are new or have another value are to be sent."""
+        with self.lock:
+            changed = [key for key, value in tags.items() if self.tags.get(key) != value]
+            self.tags.update(tags)
+            self.unsent_tags = list(dict.fromkeys([*self.unsent_tags, *changed]))
+
+    def add_artifact(self, path: str, artifact_path: str) -> None:
+        """Take an artifact in; the same one again is sent again where its files have changed."""
+        with self.lock:
+            same = [a for a in self.artifacts if (a.path, a.artifact_path) == (path, artifact_path)]
+            done = dict(same[0].done) if same else {}
+            self.artifacts = [a for a in self.artifacts if a not in same]
+            self.artifacts.append(TrackedArtifact(path, artifact_path, done=done))
+
+    def start_over(self) -> None:
+        """Forget what was sent: everything goes to a run that is yet to be made."""
+        with self.lock:
+            self.local_id = uuid.uuid4().hex
+            self.run_id = self.experiment_id = self.sent_step = None
+            self.sent_bytes = self.sent_lines = self.damaged_lines = 0
+            self.status_sent = ""
+            self.creating = self.inherited = False
+            self.unsent_params, self.unsent_tags = list(self.params), list(self.tags)
+            self.rejected = []
+            for artifact in self.artifacts:
+                artifact.sent, artifact.done = False, {}
+
+    def freeze(self) -> None:
+        """Never write ``tracking.json`` again: from now on it belongs to somebody else."""
+        with self.lock:
+            self._frozen = True
+
+    def save(self, run_dir: Path) -> None:
+        """Write ``tracking.json`` atomically. A full disk is warned about once and does not raise."""
+        with self.lock:
+            if self._frozen:
+                return
+            target = run_dir / STATE_FILE
+            temporary = run_dir / f".{STATE_FILE}.tmp"
+            try:
+                temporary.write_text(json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n")
+                temporary.replace(target)
+            except OSError as error:
+                if not self._save_failed:
+                    self._save_failed = True
+                    logger.warning("cannot write %s (%s): training goes on", target, error)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> TrackingState:
+        """Read ``tracking.json``. Raises FileNotFoundError, or UserError if it is damaged."""
+        path = run_dir / STATE_FILE
+        text = path.read_text()
+        try:
+            record = json.loads(text)
+            if record.pop("version") != 1:
+                raise ValueError("an unknown version")
+            record["artifacts"] = [TrackedArtifact(**artifact) for artifact in record["artifacts"]]
+            return cls(**record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}).\n  Mend: move it away and resume the run, which writes it "
+                f"anew; {run_dir / METRICS_FILE} holds every metric."
+            ) from None
+
+
+class RunLock:
+    """One process at a time sends from a run directory. The lock ends with the process, however it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, or raise RunError if another process has it."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise RunError(
+                f"{self._path.parent} is in use: the run is still going on (process {owner}), and sends its "
+                "metrics itself.\n  Mend: wait until it has ended."
+            ) from None
+        except OSError:  # a file system without locks: go on without one
+            os.close(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; harmless if it was not taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def files_below(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (relative name, file) of a file or of every file in a folder, sorted.
+
+    Symbolic links that lead out of the folder are left out: an artifact holds what lies in its folder.
+    """
+    if path.is_file():
+        yield path.name, path
+        return
+    root = path.resolve()
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder) / name
+            if file.is_file() and file.resolve().is_relative_to(root):
+                yield file.relative_to(path).as_posix(), file

@@ -1,0 +1,74 @@
+"""TD weights whose scale is set by the whole global batch: z-scores and mean 1.
+
+Both need the advantages of every micro-batch and rank before the first weight is known, hence a value pass without
+gradient over the accumulation window.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wmtp_ds.weighting.td import weights_from_log
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Standardisation(NamedTuple):
+    """``log w = (δ − shift)/(scale·β) − log_mean``: scalars, the same on every rank."""
+
+    shift: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+    log_mean: Tensor | float = 0.0
+
+    def weights(self, advantages: Tensor, beta: float, min_weight: float, max_weight: float) -> Tensor:
+        """Standardise, exponentiate, rescale, and clip once; any shape."""
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, not {beta}")
+        log_weights = (advantages - self.shift) / (self.scale * beta) - self.log_mean
+        return weights_from_log(log_weights, min_weight, max_weight)
+
+
+def standardisation(
+    advantages: Sequence[Tensor],
+    decisions: Sequence[Tensor],
+    *,
+    beta: float,
+    zscore: bool,
+    mean1: bool,
+    reduce_sum: Reduce,
+    reduce_max: Reduce,
+) -> Standardisation:
+    """The constants that z-scores and mean-1 weights need, over the decisions of the global batch.
+
+    Args:
+        advantages: δ (or GAE) of each micro-batch of this rank, ``[B, S]``.
+        decisions: bool masks of the same shapes.
+        beta: temperature of the exponential.
+        zscore: subtract the mean and divide by the (population) standard deviation before the exponential. Where all
+            δ are equal they become 0.
+        mean1: rescale the exponentials to mean 1, before they are clipped.
+        reduce_sum: sums a float64 tensor over ranks.
+        reduce_max: its maximum over ranks.
+
+    Returns:
+        Scalars in float64.
+    """
+    chosen = torch.cat([a[d.bool()] for a, d in zip(advantages, decisions, strict=True)]).detach().double()
+    count = reduce_sum(chosen.new_tensor(float(chosen.numel()))).clamp(min=1.0)
+    shift, scale = chosen.new_zeros(()), chosen.new_ones(())
+    if zscore:
+        shift = reduce_sum(chosen.sum()) / count
+        # Two passes: the squares of small differences would drown in the square of a large mean.
+        spread = (reduce_sum(((chosen - shift) ** 2).sum()) / count).sqrt()
+        scale = torch.where(spread > 0, spread, 1.0)
+    log_mean = chosen.new_zeros(())
+    if mean1:
+        logs = (chosen - shift) / (scale * beta)
+        largest = reduce_max(logs.max() if logs.numel() else logs.new_tensor(-torch.inf))
+        largest = torch.where(largest.isfinite(), largest, 0.0)
+        # An all-masked batch has no mean; log_mean stays finite and multiplies nothing.
+        total = reduce_sum((logs - largest).exp().sum())
+        log_mean = torch.where(total > 0, largest + (total / count).log(), 0.0)
+    return Standardisation(shift, scale, log_mean)
