@@ -61,9 +61,7 @@ class Checkpoints:
                 for file, text in files.items():
                     (partial / file).write_text(text)
                 write_manifest(partial, step)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                _sync_folder(self.root)
+                replace_folder(partial, final)
                 _write_atomically(self.root / "latest", name + "\n")
                 self._prune()
         except (OSError, RuntimeError) as error:
@@ -76,8 +74,17 @@ class Checkpoints:
         return final
 
     def steps(self) -> list[Path]:
-        """Complete checkpoints, oldest first; completeness is the manifest's presence, not its truth."""
-        return sorted(folder for folder in self.root.glob(f"{_PREFIX}*") if (folder / MANIFEST).is_file())
+        """Complete checkpoints, oldest first; completeness is the manifest's presence, not its truth.
+
+        Steps beyond ``latest`` were left behind by a resume from an earlier checkpoint (of choice, or because they
+        are damaged): they count as older than all others, lest they be resumed from or outlive newer ones.
+        """
+        folders = sorted(folder for folder in self.root.glob(f"{_PREFIX}*") if (folder / MANIFEST).is_file())
+        try:
+            latest = (self.root / "latest").read_text().strip()
+        except (OSError, ValueError):
+            return folders
+        return sorted(folders, key=lambda folder: (folder.name <= latest, folder.name))
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose manifest verifies, the same on every rank; damaged ones are warned about."""
@@ -131,25 +138,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        return manifest
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a complete checkpoint: {error}") from None
+        if type(manifest["world_size"]) is not int:
+            raise ValueError("its world_size is no number")
+        for name, entry in manifest["files"].items():
+            if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"its entry of {name} is malformed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    return manifest
 
 
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a checkpoint, compared with its manifest byte for byte; None if nothing is."""
     try:
-        files = read_manifest(folder)["files"]
-    except (UserError, KeyError) as error:
+        for name, entry in read_manifest(folder)["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} has changed: its SHA-256 differs"
+    except UserError as error:
         return str(error)
-    for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} has changed: its SHA-256 differs"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 

@@ -5,6 +5,8 @@ batch (so DeepSpeed must neither average over ranks nor over accumulation steps)
 masters are made, a frozen engine without optimizer, and checkpoints that name their tag.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -50,9 +52,11 @@ def start(device: str) -> torch.device:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
-        )
+        # It prints that its communication op was built; the sink keeps that from the log.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the ranks could not form a process group: {error}") from error
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")

@@ -54,10 +54,10 @@ def _final_values(values_BS: Tensor, batch: Batch) -> Tensor:
 
 
 def area_under_roc(scores_and_rewards: Tensor) -> float | None:
-    """AUC of scores at telling rewards ≥ 0.5 from the rest, ``[N, 2]``; None if all are of one kind."""
+    """AUC of scores at telling rewards ≥ 0.5 from the rest, ``[N, 2]``; None if all are of one kind or not finite."""
     from sklearn.metrics import roc_auc_score
 
     correct = scores_and_rewards[:, 1] >= 0.5
-    if correct.all() or not correct.any():
+    if correct.all() or not correct.any() or not scores_and_rewards.isfinite().all():
         return None
     return float(roc_auc_score(correct.numpy(), scores_and_rewards[:, 0].numpy()))

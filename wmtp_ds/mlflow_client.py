@@ -30,6 +30,9 @@ _SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|acces
 _SHORTEST_SECRET = 6
 
 _registered_secrets: set[str] = set()
+# What was set here, so that a later caller's wish can be told from the user's.
+_chosen: dict[str, str] = {}
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 # Only set where the user has not: MLflow's own defaults wait 120 s and try eight times.
 _QUIET_DEFAULTS = {
@@ -104,10 +107,10 @@ def prepare(timeout: int, retries: int) -> None:
         Seconds to wait for one HTTP answer, and how often MLflow itself asks again; environment variables
         that the user has set win.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries))
-    for name, value in _QUIET_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    wanted = {_TIMEOUT: str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), **_QUIET_DEFAULTS}
+    for name, value in wanted.items():
+        if os.environ.get(name) in (None, _chosen.get(name)):
+            os.environ[name] = _chosen[name] = value
     import mlflow.tracking  # noqa: F401
 
     for name in _NOISY_LOGGERS:
@@ -130,16 +133,18 @@ def connect(uri: str, *, timeout: int = 10, retries: int = 0) -> MlflowClient:
 
 @contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Let HTTP requests take ``seconds`` inside: a server answers an upload once it has stored all of it."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ.get(name, "")
-    if before.isdigit() and int(before) < seconds:
-        os.environ[name] = str(seconds)
+    """Let HTTP requests take ``seconds`` inside: a server answers an upload once it has stored all of it.
+
+    A timeout that the user has set stays.
+    """
+    before = os.environ.get(_TIMEOUT)
+    if before is not None and before == _chosen.get(_TIMEOUT) and float(before) < seconds:
+        os.environ[_TIMEOUT] = str(seconds)
     try:
         yield
     finally:
-        if before:
-            os.environ[name] = before
+        if before is not None:
+            os.environ[_TIMEOUT] = before
 
 
 def error_code(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,8 @@ def lr_schedule(name: str, total_steps: int, warmup_ratio: float) -> Callable[[i
     Raises:
         ValueError: for another name.
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    # In decimal arithmetic, as it is written in the config: 0.07 of 100 is 7, not 8.
+    warmup = math.ceil(Decimal(repr(warmup_ratio)) * total_steps)
 
     def decay(progress: float) -> float:
         if name == "constant":

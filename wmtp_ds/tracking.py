@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wmtp_ds.tracking")
 
-# Seconds between two sendings, after a success and at most after failures; failures in a row at the end.
+# Seconds between two sendings: usually, and at most. In between, a sending is followed by a pause long enough
+# that the thread, which shares Python's lock with the training, takes this share of the time and no more.
 FLUSH_INTERVAL = 5.0
-LONGEST_BACKOFF = 60.0
+LONGEST_INTERVAL = 60.0
+LARGEST_SHARE = 0.02
+# Failures in a row that end the last attempt.
 LAST_ATTEMPTS = 3
 
 
@@ -54,7 +57,7 @@ class Tracker:
         self._state = state
         self._lock = lock
         self._journal = Journal(run_dir / METRICS_FILE)
-        self._finished = False
+        self._finished = self._complete = False
         self._warned_value = False
         state.save(run_dir)
 
@@ -115,20 +118,20 @@ class Tracker:
         all. What is unsent then stays in the run directory, and the command that sends it is logged.
         """
         if self._finished:
-            return True
+            return self._complete
         self._finished = True
         with self._state.lock:
             self._state.status = status
             self._state.end_time = time.time_ns() // 1_000_000
             self._state.save(self.run_dir)
-        complete = self._drain(timeout, 10 * timeout if status != "KILLED" else timeout)
+        self._complete = self._drain(timeout, hurried=status == "KILLED")
         # A thread that is stuck in a request must not write there once the lock is given back.
         self._state.freeze()
         self._journal.close()
         self._lock.release()
-        return complete
+        return self._complete
 
-    def _drain(self, timeout: float, longest: float) -> bool:
+    def _drain(self, timeout: float, hurried: bool) -> bool:
         return True
 
 
@@ -161,19 +164,23 @@ class MlflowTracker(Tracker):
         failures, progress = 0, 0
         while not self._stop.is_set():
             last = self._finishing.is_set()
+            begin = time.thread_time()
             if self._send_once():
                 if last:
                     return
-                failures = 0
+                # The first sending also imports MLflow, which happens once.
+                busy = time.thread_time() - begin if progress else 0.0
+                failures, pause = 0, max(FLUSH_INTERVAL, busy / LARGEST_SHARE)
             else:
                 failures = 1 if self._sender.progress > progress else failures + 1
                 if last and failures >= LAST_ATTEMPTS:
                     return
+                pause = FLUSH_INTERVAL * 2 ** min(failures - 1, 10)
             progress = self._sender.progress
             if self._finishing.is_set():
                 self._stop.wait(0.5 if failures else 0.0)
             else:
-                self._finishing.wait(min(FLUSH_INTERVAL * 2 ** max(failures - 1, 0), LONGEST_BACKOFF))
+                self._finishing.wait(min(pause, LONGEST_INTERVAL))
 
     def _send_once(self) -> bool:
         try:
@@ -193,7 +200,7 @@ class MlflowTracker(Tracker):
             self._attempted.set()
         return True
 
-    def _drain(self, timeout: float, longest: float) -> bool:
+    def _drain(self, timeout: float, hurried: bool) -> bool:
         self._finishing.set()
         start = last_move = time.monotonic()
         progress = self._sender.progress
@@ -201,9 +208,8 @@ class MlflowTracker(Tracker):
             now = time.monotonic()
             if self._sender.progress != progress:
                 progress, last_move = self._sender.progress, now
-            if now - start > longest + self._sender.allowance * (longest > timeout):
-                break
-            if now - last_move > timeout + self._sender.allowance * (longest > timeout):
+            extra = 0.0 if hurried else self._sender.allowance
+            if now - last_move > timeout + extra or now - start > (timeout if hurried else 10 * timeout + extra):
                 break
             self._thread.join(0.05)
         self._stop.set()

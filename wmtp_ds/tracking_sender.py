@@ -106,18 +106,17 @@ class Sender:
             self._attached = True
         self._send_tags_and_params()
         self._send_metrics()
-        with self.state.lock:
-            artifacts = [artifact for artifact in self.state.artifacts if not artifact.sent]
-        for artifact in artifacts:
-            if self._send_artifact(self._client, artifact):
-                with self.state.lock:
-                    artifact.sent = True
-                    self.state.save(self.run_dir)
-        if not self.unsent():
+        trouble = self._send_artifacts(self._client)
+        if not set(self._unsent()) - {"artifacts"}:
             self._send_status(self._client)
+        if trouble is not None:
+            raise trouble
 
     def unsent(self) -> str:
         """Say what of the directory MLflow lacks, besides the run's final status; empty if nothing."""
+        return ", ".join(f"{count} {what}" for what, count in self._unsent().items())
+
+    def _unsent(self) -> dict[str, int]:
         state = self.state
         with state.lock:
             counts = {
@@ -126,7 +125,7 @@ class Sender:
                 "artifacts": sum(not artifact.sent for artifact in state.artifacts),
                 "bytes of metrics": unread_bytes(self.run_dir / METRICS_FILE, state.sent_bytes),
             }
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return {what: count for what, count in counts.items() if count}
 
     def complete(self) -> bool:
         """Whether MLflow has everything that the directory holds."""
@@ -323,6 +322,24 @@ class Sender:
         self.progress += 1
 
     # Artifacts
+
+    def _send_artifacts(self, client: MlflowClient) -> Exception | None:
+        """Send what is pending, up to the first failure, which is returned; the rest of the run goes on."""
+        state = self.state
+        with state.lock:
+            pending = [artifact for artifact in state.artifacts if not artifact.sent]
+        for artifact in pending:
+            try:
+                sent = self._send_artifact(client, artifact)
+            except Exception as error:
+                with state.lock:  # the others come first the next time
+                    state.artifacts.sort(key=lambda other: other is artifact)
+                return error
+            if sent:
+                with state.lock:
+                    artifact.sent = True
+                    state.save(self.run_dir)
+        return None
 
     def _send_artifact(self, client: MlflowClient, artifact: TrackedArtifact) -> bool:
         """Send the files that MLflow lacks, metrics in between; False if stopped before all were sent."""

@@ -9,11 +9,13 @@ For rows ``h_r`` with target ``y_r``, weight ``w_r`` and scale ``s_r``::
 
 Rows are taken a chunk at a time: the logits of a chunk are turned into ``g`` in place and used for both gradients at
 once, *during forward*, so nothing is computed twice: 6·N·D·V operations in all, and one chunk of logits as memory.
-Backward multiplies the gradients by what flows in. Three choices about rounding, in 16-bit dtypes:
+Backward multiplies the gradients by what flows in. Four choices about rounding, in 16-bit dtypes:
 
-- ``∂L/∂W`` is summed over chunks in float32 and cast once at the end;
+- ``∂L/∂W`` is summed over chunks in float32 and cast once, in backward;
 - the scale ``s_r`` is kept out of ``g_r``. Its rounding would be the same for every row of equal weight, a bias
   that does not average out; on ``s_r h_r`` it differs from element to element and does;
+- of the scales, which are as small as 1 over the number of tokens, a common power of two waits for backward. There a
+  float16 loss scale meets it, which keeps gradients from underflowing; a power of two rounds nothing;
 - softmax and losses are float32.
 
 Rows to be ignored are dropped before the first product, so prompts and padding cost nothing.
@@ -71,6 +73,12 @@ def _log_sum_exp_(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     return sums_R, sums_R.log() + largest_R1.squeeze(-1)
 
 
+def _common_power(scales_N: Tensor) -> Tensor:
+    """The power of two just above the largest scale, a scalar; 1 if all scales are 0."""
+    largest = scales_N.abs().amax() if scales_N.numel() else scales_N.new_zeros(())
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+
 @torch.no_grad()
 def reference_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Cross-entropy of each row in nats, without gradient: what a frozen model has to say about the targets.
@@ -113,6 +121,8 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         losses_N = torch.zeros(targets_N.shape, dtype=exact, device=hidden_ND.device)
         grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
+        power = _common_power(scales_N)
+        relative_N = scales_N / power
         rows_M = (targets_N != IGNORE_INDEX).nonzero().squeeze(-1)
         for rows_R in rows_M.split(_chunk_rows(weight_VD.shape[0])):
             hidden_RD, targets_R1 = hidden_ND[rows_R], targets_N[rows_R, None]
@@ -122,7 +132,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             losses_N[rows_R] = log_sums_R - at_target_R
             if not (wants_hidden or wants_weight):
                 continue
-            weights_R1, scales_R1 = weights_N[rows_R, None], scales_N[rows_R, None]
+            weights_R1, scales_R1 = weights_N[rows_R, None], relative_N[rows_R, None]
             # From exp(z − max) to w·(softmax − onehot), in place.
             logits_RV.mul_(weights_R1 / sums_R[:, None]).scatter_add_(-1, targets_R1, -weights_R1)
             grad_RV = logits_RV.to(hidden_ND.dtype)
@@ -134,10 +144,9 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD.addmm_(grad_RV.T, scaled_RD)
                 else:
                     grad_weight_VD.add_(grad_RV.T @ scaled_RD)
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         # Kept as attributes, not through save_for_backward: they are results, used once and then given away.
         ctx.gradients = (grad_hidden_ND, grad_weight_VD)
+        ctx.power, ctx.dtype = power, hidden_ND.dtype
         ctx.mark_non_differentiable(losses_N)
         return (scales_N * weights_N * losses_N).sum(), losses_N
 
@@ -151,7 +160,8 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                 "forward, and given away by the first backward. Run forward again."
             )
         ctx.gradients = None
-        grad_hidden, grad_weight = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
+        factor = grad_outputs[0] * ctx.power
+        grad_hidden, grad_weight = (None if g is None else g.mul_(factor).to(ctx.dtype) for g in gradients)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -182,7 +192,13 @@ def weighted_linear_cross_entropy(
     """
     _check(hidden_ND, weight_VD, targets_N, weights_N, scales_N)
     exact = _accumulator(hidden_ND.dtype)
-    weights_N = weights_N.detach().to(exact)
+    # Zeros, not products with zero: whatever stands at an ignored row (NaN, too) counts for nothing.
+    ignored_N = targets_N == IGNORE_INDEX
+    weights_N = weights_N.detach().to(exact).masked_fill(ignored_N, 0.0)
     scales_N = torch.ones_like(weights_N) if scales_N is None else scales_N.detach().to(exact)
+    scales_N = scales_N.masked_fill(ignored_N, 0.0)
+    if not torch.is_grad_enabled():
+        # An autograd function forms gradients of whatever requires them, even where none can be asked for.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     loss, losses_N = _WeightedLinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, scales_N)
     return loss, losses_N

@@ -93,8 +93,9 @@ def softmax_weights(excess_nBS: Tensor, mask_nBS: Tensor, temperature: float = 1
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     mask = mask_nBS.bool()
-    lowest = torch.finfo(torch.float32).min
-    scores = (excess_nBS.detach().float() / temperature).masked_fill(~mask, lowest)
+    excess_nBS = excess_nBS.detach().float().masked_fill(~mask, -torch.inf)
+    # Divided after the largest is taken away: a small temperature must not make infinities of ordinary scores.
+    scores = (excess_nBS - excess_nBS.amax(0, keepdim=True)) / temperature
     return torch.where(mask, mask.sum(0) * scores.softmax(0), 0.0)
 
 

@@ -33,7 +33,7 @@ def _own_environment(monkeypatch):
 @pytest.fixture(autouse=True)
 def _often(monkeypatch):
     monkeypatch.setattr(tracking, "FLUSH_INTERVAL", 0.05)
-    monkeypatch.setattr(tracking, "LONGEST_BACKOFF", 0.2)
+    monkeypatch.setattr(tracking, "LONGEST_INTERVAL", 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -179,19 +179,19 @@ def same(path, checkpoint, cache):
 def test_every_form_of_uri(where, request, checkpoint, tmp_path):
     uri = request.getfixturevalue(where)
     run_id, experiment_id = track(uri, tmp_path, checkpoint)
-    forms = [
-        f"runs:/{run_id}/checkpoints/checkpoint_best",
-        f"runs:/{run_id}/checkpoints",
-        f"runs:/{run_id}/checkpoints/checkpoint_best/value_head.safetensors",
-        f"mlflow://{experiment_id}/{run_id}/artifacts/checkpoints/checkpoint_best",
-    ]
-    if where == "server":
-        forms.append(f"mlflow-artifacts:/{experiment_id}/{run_id}/artifacts/checkpoints/checkpoint_best")
+    best = "checkpoints/checkpoint_best"
+    forms = [f"runs:/{run_id}/{best}", f"mlflow://{experiment_id}/{run_id}/artifacts/checkpoints"]
+    if where == "store":
+        forms.append(f"runs:/{run_id}/{best}/value_head.safetensors")
+    else:
+        forms.append(f"mlflow-artifacts:/{experiment_id}/{run_id}/artifacts/{best}")
         forms.append(forms[-1].replace(":/", f"://{uri.removeprefix('http://')}/", 1))
     for number, form in enumerate(forms):
         cache = tmp_path / f"cache{number}"
-        for _ in range(2):  # what is in the cache is replaced
-            same(locate_critic(form, tracking_uri=uri, cache_dir=cache), checkpoint, cache)
+        same(locate_critic(form, tracking_uri=uri, cache_dir=cache), checkpoint, cache)
+    # What is in the cache is replaced: the artifact may have changed.
+    next(cache.rglob("*.safetensors")).write_bytes(b"old")
+    same(locate_critic(form, tracking_uri=uri, cache_dir=cache), checkpoint, cache)
 
 
 @pytest.mark.parametrize("where", ["store", "server"])

@@ -469,6 +469,28 @@ def test_artifacts_that_change_vanish_or_climb_out(config, client, tmp_path, cap
     assert "gone.txt is gone and was not sent" in caplog.text
 
 
+def test_an_artifact_that_cannot_be_sent_holds_up_no_other(config, client, tmp_path, monkeypatch):
+    for name in ("bad.txt", "good.txt"):
+        (tmp_path / name).write_text(name)
+    real = type(client).log_artifact
+
+    def refuse(self, run_id, local_path, artifact_path=None):
+        if local_path.endswith("bad.txt"):
+            raise PermissionError("not that one")
+        real(self, run_id, local_path, artifact_path)
+
+    monkeypatch.setattr(type(client), "log_artifact", refuse)
+    tracker = start(config, tmp_path / "run")
+    tracker.log_artifact(tmp_path / "bad.txt")
+    tracker.log_artifact(tmp_path / "good.txt")
+    assert not tracker.finish()
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["good.txt"]
+    monkeypatch.undo()
+    assert sync_run(tmp_path / "run").artifact_files == 1
+    assert len(client.list_artifacts(tracker.run_id)) == 2
+
+
 def test_a_run_directory_may_be_moved_before_sync(config, client, tmp_path):
     config.tracking_uri, good = "", config.tracking_uri
     tracker = start(config, tmp_path / "run")

@@ -10,6 +10,7 @@ from wmtp_ds.config.context import Check, Context
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.fingerprint import stored_tensors
 
+_UNREADABLE = object()
 _MICRO = "storage/models/micro-"
 
 
@@ -62,7 +63,7 @@ def check_reward_model(context: Context) -> None:
     key = "models.reward.path"
     config = read_model_config(context, key, reward=True)
     names = config.get("architectures") if config else None
-    if names and not any("SequenceClassification" in str(name) for name in names):
+    if isinstance(names, list) and not any("SequenceClassification" in str(name) for name in names):
         message = f"{context.path(key)} is a {', '.join(map(str, names))}, not a sequence-classification model"
         context.report(key, message, "name a reward model: one ...ForSequenceClassification with one label")
 
@@ -78,13 +79,16 @@ def read_model_config(context: Context, key: str, *, reward: bool = False) -> di
         context.report(key, f"{path} {what}", mend)
         return None
     config = _read_json(context, key, os.path.join(path, "config.json"), mend)
-    if config is not None and not isinstance(config, dict):
+    if config is _UNREADABLE:
+        return None
+    if not isinstance(config, dict):
         context.report(key, f"{path}/config.json holds no JSON object", mend)
         return None
     return config
 
 
 def _read_json(context: Context, key: str, path: str, mend: str) -> Any:
+    """The content of a JSON file; ``_UNREADABLE`` once it is reported what is wrong."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -92,7 +96,7 @@ def _read_json(context: Context, key: str, path: str, mend: str) -> Any:
         context.report(key, f"{path} is missing", mend)
     except (OSError, ValueError, RecursionError) as error:
         context.report(key, f"{path} cannot be read: {error}", mend)
-    return None
+    return _UNREADABLE
 
 
 def _check_shape(context: Context, key: str, config: dict[str, Any]) -> tuple[int, int] | None:
@@ -166,7 +170,7 @@ def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tok
         tokens = _vocabulary(content)
         if tokens:
             return Tokenizer(path, tokens)
-        if content is not None:
+        if content is not _UNREADABLE:
             context.report(key, f"{path} holds no vocabulary", how_to_get_model(folder))
     if silent:
         del context.problems[problems:]

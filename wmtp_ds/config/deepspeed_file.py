@@ -8,7 +8,7 @@ from typing import Any
 from wmtp_ds.config.context import Check, Context
 from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.config.positions import json_lines
-from wmtp_ds.config.schema import RunConfig
+from wmtp_ds.config.schema import ModelConfig, RunConfig
 
 CONFIG = "deepspeed.config"
 REFERENCE_CONFIG = "deepspeed.reference_config"
@@ -257,19 +257,13 @@ def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -
     return merged
 
 
-def merge_reference(config: RunConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of the frozen reference model with what the TOML owns filled in: no optimizer.
-
-    Raises:
-        ValueError: the config has no reference model.
-    """
-    if config.models.reference is None:
-        raise ValueError(f"stage {config.experiment.stage} has no reference model")
+def merge_reference(config: RunConfig, reference: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of the frozen reference model with what the TOML owns filled in: no optimizer."""
     return {
         **values,
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "steps_per_print": 2**31 - 1,
-        **_precision(config.models.reference.dtype, config.runtime.mixed_precision),
+        **_precision(reference.dtype, config.runtime.mixed_precision),
     }
 
 

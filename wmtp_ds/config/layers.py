@@ -60,7 +60,7 @@ class Layers:
             found, child = look_up(node, (part,))
             if not found or not isinstance(child, dict | list):
                 child = [] if isinstance(path[depth + 1], int) else {}
-                self._put(node, part, child)
+                self._put(node, part, child, path[:depth], origin)
                 self._forget(path[: depth + 1])
                 self.origins[path[: depth + 1]] = origin
             node = child
@@ -70,14 +70,14 @@ class Layers:
         if isinstance(value, dict) and declared and declared.is_table and isinstance(child, dict):
             self._merge(child, value, path, lambda _: origin)
         else:
-            self._put(node, path[-1], copy.deepcopy(value))
+            self._put(node, path[-1], copy.deepcopy(value), path[:-1], origin)
             self._forget(path)
             self._note(path, value, lambda _: origin)
 
-    @staticmethod
-    def _put(node: Any, part: str | int, value: Any) -> None:
+    def _put(self, node: Any, part: str | int, value: Any, path: KeyPath, origin: Origin) -> None:
         if isinstance(node, list) and part == len(node):
             node.append(value)
+            self.origins[path] = origin  # whoever adds an item answers for the list's length
         else:
             node[part] = value
 

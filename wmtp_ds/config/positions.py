@@ -60,10 +60,11 @@ class _TomlReader:
         self._value((*table, *key))
 
     def _resolve(self, name: Path) -> Path:
-        """A header names the last item of an array of tables by the array's name."""
+        """The table that a header means: it names the last item of an array of tables by the array's name."""
         found: Path = ()
         for part in name[:-1]:
             found = (*found, part)
+            self._note(found)  # a table that only this header mentions
             if found in self.arrays:
                 found = (*found, self.arrays[found])
         return (*found, *name[-1:])

@@ -71,7 +71,10 @@ class Resolved:
             ConfigError: the JSON file cannot be read.
             ValueError: the stage has no reference model.
         """
-        return merge_reference(self.config, self._read(REFERENCE_CONFIG, self.config.deepspeed.reference_config))
+        if self.config.models.reference is None:
+            raise ValueError(f"stage {self.config.experiment.stage} has no reference model")
+        values = self._read(REFERENCE_CONFIG, self.config.deepspeed.reference_config)
+        return merge_reference(self.config, self.config.models.reference, values)
 
     def _read(self, key: str, path: Path) -> dict[str, Any]:
         try:

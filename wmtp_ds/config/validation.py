@@ -156,13 +156,10 @@ class SchemaCheck:
     def _suggest(self, path: KeyPath, names: list[str]) -> str:
         """The key that was probably meant, dotted in full, or ""."""
         word = str(path[-1])
-        known = list(all_keys())
-        if moved := [key for key in known if key.rpartition(".")[2] == word]:
+        if moved := [key for key in all_keys() if key.rpartition(".")[2] == word]:
             return moved[0]  # the right name in the wrong table
-        if close := did_you_mean(word, names):
-            return format_key((*path[:-1], close.split('"')[1]))
-        close = did_you_mean(format_key(path), known) if len(path) > 1 else ""
-        return close.split('"')[1] if close else ""
+        close = did_you_mean(word, names)
+        return format_key((*path[:-1], close.split('"')[1])) if close else ""
 
     def _wrong_value(self, path: KeyPath, value: Any) -> None:
         declared = declared_at(path)

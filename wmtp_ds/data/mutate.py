@@ -91,9 +91,7 @@ def normalise(source: str) -> str:
         raise ValueError(f"not Python: {error}") from None
 
 
-def mutants(
-    source: str, limit: int, rng: random.Random, *, exclude: Collection[str] = ()
-) -> list[Mutant]:
+def mutants(source: str, limit: int, rng: random.Random, *, exclude: Collection[str] = ()) -> list[Mutant]:
     """Up to ``limit`` different programs, each one edit away from ``source``.
 
     Args:

@@ -12,6 +12,7 @@ def _sorting() -> list[Step]:
         clause(
             sorted,
             """sorted | ints | 1 | sorts the numbers in ascending order
+
             OUT = sorted(IN)
             ---
             OUT = []
@@ -31,6 +32,7 @@ def _sorting() -> list[Step]:
         clause(
             lambda v: [-y for y in sorted(-x for x in v)],
             """descending | ints | 1 | sorts the numbers in descending order
+
             OUT = sorted(IN, reverse=True)
             ---
             OUT = sorted(IN)[::-1]
@@ -41,6 +43,7 @@ def _sorting() -> list[Step]:
         clause(
             lambda v: list(reversed(v)),
             """reversed | ints | 1 | reverses the order of the numbers
+
             OUT = IN[::-1]
             ---
             OUT = list(reversed(IN))
@@ -60,6 +63,7 @@ def _selections(k: int) -> list[Step]:
         clause(
             lambda v: list(itertools.islice(v, k)),
             f"""first | ints | 1 | keeps only the first {k} of the numbers
+
             OUT = IN[:{k}]
             ---
             OUT = [x for i, x in enumerate(IN) if i < {k}]
@@ -73,6 +77,7 @@ def _selections(k: int) -> list[Step]:
         clause(
             lambda v: list(itertools.islice(v, k, None)),
             f"""later | ints | 1 | drops the first {k} of the numbers
+
             OUT = IN[{k}:]
             ---
             OUT = [x for i, x in enumerate(IN) if i >= {k}]
@@ -81,6 +86,7 @@ def _selections(k: int) -> list[Step]:
         clause(
             lambda v: list(itertools.compress(v, itertools.cycle((1, 0)))),
             """alternate | ints | 1 | keeps every second number, beginning with the first
+
             OUT = IN[::2]
             ---
             OUT = [IN[i] for i in range(0, len(IN), 2)]
@@ -91,6 +97,7 @@ def _selections(k: int) -> list[Step]:
         clause(
             lambda v: [x for i, x in enumerate(v) if v.index(x) == i],
             """unique | ints | 2 | removes duplicates, keeping the first of each
+
             OUT = list(dict.fromkeys(IN))
             ---
             OUT = []
@@ -104,6 +111,7 @@ def _selections(k: int) -> list[Step]:
         clause(
             lambda v: [x for x in v if any(y > x for y in v)],
             """lower | ints | 2 | removes every occurrence of the largest number
+
             OUT = [x for x in IN if x != max(IN)]
             ---
             OUT = []
@@ -120,6 +128,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: [b - a for a, b in itertools.pairwise(v)],
             """difference | ints | 2 | takes the difference between each number and the one before it
+
             OUT = [IN[i] - IN[i - 1] for i in range(1, len(IN))]
             ---
             OUT = [x - y for y, x in zip(IN, IN[1:])]
@@ -132,6 +141,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: [sum(pair) for pair in itertools.pairwise(v)],
             """neighbour | ints | 2 | takes the sum of each two neighbours
+
             OUT = [IN[i] + IN[i + 1] for i in range(len(IN) - 1)]
             ---
             OUT = [x + y for x, y in zip(IN, IN[1:])]
@@ -140,6 +150,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: list(itertools.accumulate(v)),
             """running | ints | 2 | replaces each number by the sum of all numbers up to it
+
             OUT = [sum(IN[:i + 1]) for i in range(len(IN))]
             ---
             OUT = []
@@ -156,6 +167,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: list(itertools.accumulate(v, max)),
             """record | ints | 2 | replaces each number by the largest number up to it
+
             OUT = [max(IN[:i + 1]) for i in range(len(IN))]
             ---
             OUT = []
@@ -168,6 +180,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: [v[i] * i for i in range(len(v))],
             """weighted | ints | 2 | multiplies each number by its index (counted from 0)
+
             OUT = [i * x for i, x in enumerate(IN)]
             ---
             OUT = []
@@ -178,6 +191,7 @@ def _neighbours(turn: int) -> list[Step]:
         clause(
             lambda v: [v[(i + turn) % len(v)] for i in range(len(v))],
             f"""rotated | ints | 3 | rotates the list to the left by {turn} places
+
             OUT = list(IN)
             for i in range({turn}):
                 if OUT:
@@ -204,6 +218,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: math.floor(math.fsum(v)),
             """sum | ints -> int | 1 | the sum of the numbers
+
             OUT = sum(IN)
             ---
             OUT = 0
@@ -215,6 +230,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: len(list(v)),
             """count | ints -> int | 1 | how many numbers there are
+
             OUT = len(IN)
             ---
             OUT = sum(1 for x in IN)
@@ -224,6 +240,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: sorted(v)[-1] if v else 0,
             """max | ints -> int | 1 | the largest number (0 if there is none)
+
             OUT = max(IN) if IN else 0
             ---
             OUT = max(IN, default=0)
@@ -234,6 +251,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: sorted(v)[0] if v else 0,
             """min | ints -> int | 1 | the smallest number (0 if there is none)
+
             OUT = min(IN) if IN else 0
             ---
             OUT = min(IN, default=0)
@@ -244,6 +262,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: [0, *v][-1],
             """last | ints -> int | 1 | the last number (0 if there is none)
+
             OUT = IN[-1] if IN else 0
             ---
             OUT = 0
@@ -255,6 +274,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             math.prod,
             """product | ints -> int | 2 | the product of the numbers (1 if there is none)
+
             OUT = 1
             for x in IN:
                 OUT *= x
@@ -267,7 +287,9 @@ def results(rng: Random) -> list[Step]:
         ),
         noun(
             lambda v: sum(x * (-1) ** i for i, x in enumerate(v)),
-            """alternating_sum | ints -> int | 2 | the sum of the numbers at even indices minus the sum of the others
+            """alternating_sum | ints -> int | 2 | the sum of the numbers at even indices minus the sum of
+            the others
+
             OUT = sum(IN[::2]) - sum(IN[1::2])
             ---
             OUT = sum(x if i % 2 == 0 else -x for i, x in enumerate(IN))
@@ -283,6 +305,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: sum(v.index(x) == i for i, x in enumerate(v)),
             """distinct | ints -> int | 1 | how many different numbers there are
+
             OUT = len(set(IN))
             ---
             OUT = len([x for i, x in enumerate(IN) if x not in IN[:i]])
@@ -291,6 +314,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: max((a - b for a in v for b in v), default=0),
             """spread | ints -> int | 2 | the largest number minus the smallest (0 if there is none)
+
             OUT = max(IN) - min(IN) if IN else 0
             ---
             OUT = sorted(IN)[-1] - sorted(IN)[0] if IN else 0
@@ -299,6 +323,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: "-".join(f"{x}" for x in v),
             """joined | ints -> text | 1 | the numbers joined by dashes
+
             OUT = '-'.join([str(x) for x in IN])
             ---
             OUT = '-'.join(map(str, IN))
@@ -313,6 +338,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: all(a <= b for a, b in itertools.combinations(v, 2)),
             """is_sorted | ints -> flag | 2 | whether the numbers are in ascending order
+
             OUT = IN == sorted(IN)
             ---
             OUT = all(IN[i] <= IN[i + 1] for i in range(len(IN) - 1))
@@ -323,6 +349,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: any(x == k for x in v),
             f"""has | ints -> flag | 1 | whether one of the numbers is {k}
+
             OUT = {k} in IN
             ---
             OUT = any(x == {k} for x in IN)
@@ -332,7 +359,9 @@ def results(rng: Random) -> list[Step]:
         ),
         noun(
             lambda v: max(sorted(v), key=v.count) if v else 0,
-            """mode | ints -> int | 3 | the most frequent number (the smallest of those if there are several, 0 if there is none)
+            """mode | ints -> int | 3 | the most frequent number (the smallest of those if there are
+            several, 0 if there is none)
+
             OUT = 0
             best = 0
             for x in sorted(IN):
@@ -346,6 +375,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: max((x for x in v if any(y > x for y in v)), default=0),
             """second | ints -> int | 3 | the second largest of the different numbers (0 if there is none)
+
             OUT = 0
             if len(set(IN)) > 1:
                 OUT = sorted(set(IN))[-2]
@@ -356,6 +386,7 @@ def results(rng: Random) -> list[Step]:
         noun(
             lambda v: sum(1 for a, b in itertools.pairwise(v) if b > a),
             """rise | ints -> int | 3 | how many numbers are larger than the number before them
+
             OUT = sum(1 for i in range(1, len(IN)) if IN[i] > IN[i - 1])
             ---
             OUT = 0
@@ -368,7 +399,9 @@ def results(rng: Random) -> list[Step]:
         ),
         noun(
             lambda v: sorted(v)[(len(v) - 1) // 2] if v else 0,
-            """median | ints -> int | 3 | the median (the lower of the two in the middle, 0 if there is none)
+            """median | ints -> int | 3 | the median (the lower of the two in the middle, 0 if there is
+            none)
+
             OUT = sorted(IN)[(len(IN) - 1) // 2] if IN else 0
             ---
             OUT = 0

@@ -1,6 +1,6 @@
 """Harder questions about lists of integers: runs, pairs, windows, subsequences."""
 
-import collections
+import functools
 import itertools
 import math
 from random import Random
@@ -17,6 +17,10 @@ def _list_and_window(rng: Random) -> tuple[Any, ...]:
 def _list_and_target(rng: Random) -> tuple[Any, ...]:
     numbers = [rng.randint(1, 9) for _ in range(rng.randint(0, 8))]
     return numbers, rng.randint(2, 16)
+
+
+def _coins_and_amount(rng: Random) -> tuple[Any, ...]:
+    return rng.sample(range(1, 8), rng.randint(0, 4)), rng.randint(0, 14)
 
 
 def _two_sorted(rng: Random) -> tuple[Any, ...]:
@@ -44,12 +48,27 @@ def _water(v: list[int]) -> int:
     return sum(max(0, min(max(v[:i], default=0), max(v[i + 1 :], default=0)) - v[i]) for i in range(len(v)))
 
 
+def _fewest_coins(values: list[int], target: int) -> int:
+    @functools.cache
+    def fewest(left: int) -> float:
+        return min((1 + fewest(left - value) for value in values if value <= left), default=math.inf) if left else 0
+
+    return -1 if math.isinf(fewest(target)) else int(fewest(target))
+
+
+def _ways_to_pay(values: list[int], target: int) -> int:
+    kinds = sorted(set(values))
+    amounts = itertools.product(*(range(0, target + 1, value) for value in kinds))
+    return sum(1 for chosen in amounts if sum(chosen) == target)
+
+
 def runs_and_pairs() -> list[Step]:
     """Questions that a loop or two answers."""
     return [
         noun(
             lambda v: max((len(s) for s in _slices(v) if len(set(s)) == 1), default=0),
             """longest_run | ints -> int | 4 | the length of the longest run of equal neighbours
+
             OUT = 0
             run = 0
             for i in range(len(IN)):
@@ -70,7 +89,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: max((len(s) for s in _slices(v) if s == sorted(set(s))), default=0),
-            """longest_climb | ints -> int | 4 | the length of the longest stretch in which each number is larger than the one before
+            """longest_climb | ints -> int | 4 | the length of the longest stretch in which each number is
+            larger than the one before
+
             OUT = 0
             run = 0
             for i, x in enumerate(IN):
@@ -90,7 +111,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: sum(1 for a, b in itertools.combinations(v, 2) if a > b),
-            """inversions | ints -> int | 5 | how many pairs of positions hold a larger number before a smaller one
+            """inversions | ints -> int | 5 | how many pairs of positions hold a larger number before a
+            smaller one
+
             OUT = 0
             for i in range(len(IN)):
                 for j in range(i + 1, len(IN)):
@@ -104,7 +127,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: max((sum(s) for s in _slices(v)), default=0),
-            """best_stretch | ints -> int | 5 | the largest sum of neighbouring numbers (at least one of them, 0 for an empty list)
+            """best_stretch | ints -> int | 5 | the largest sum of neighbouring numbers (at least one of
+            them, 0 for an empty list)
+
             OUT = 0
             if IN:
                 OUT = IN[0]
@@ -123,9 +148,10 @@ def runs_and_pairs() -> list[Step]:
             """,
         ),
         noun(
-            lambda v: max((b - a for a, b in itertools.combinations([*v, *v[-1:]], 2)), default=0) if v == [] else
-            max(0, *(b - a for a, b in itertools.combinations([*v, v[-1]], 2))),
-            """best_profit | ints -> int | 5 | the most that a later number exceeds an earlier one (0 if none does)
+            lambda v: max([0, *(b - a for a, b in itertools.combinations(v, 2))]),
+            """best_profit | ints -> int | 5 | the most that a later number exceeds an earlier one (0 if
+            none does)
+
             OUT = 0
             for i in range(len(IN)):
                 for j in range(i + 1, len(IN)):
@@ -141,7 +167,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: next((i for i in range(len(v)) if sum(v[:i]) * 2 + v[i] == sum(v)), -1),
-            """balance | ints -> int | 5 | the first index at which the numbers before it and the numbers after it have the same sum (-1 if there is none)
+            """balance | ints -> int | 5 | the first index at which the numbers before it and the numbers
+            after it have the same sum (-1 if there is none)
+
             OUT = -1
             for i in range(len(IN)):
                 if OUT == -1 and sum(IN[:i]) == sum(IN[i + 1:]):
@@ -158,7 +186,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: max((n for n in range(len(v) + 1) for a in [*v, 0] if set(range(a, a + n)) <= set(v))),
-            """consecutive | ints -> int | 6 | the length of the longest series of consecutive integers that all occur, in any order
+            """consecutive | ints -> int | 6 | the length of the longest series of consecutive integers
+            that all occur, in any order
+
             OUT = 0
             for x in IN:
                 size = 0
@@ -180,7 +210,9 @@ def runs_and_pairs() -> list[Step]:
         ),
         noun(
             lambda v: [next((y for y in v[i + 1 :] if y > x), -1) for i, x in enumerate(v)],
-            """next_larger | ints -> ints | 6 | a list with, for each number, the first larger number after it (-1 if there is none)
+            """next_larger | ints -> ints | 6 | a list with, for each number, the first larger number after
+            it (-1 if there is none)
+
             OUT = []
             for i in range(len(IN)):
                 found = -1
@@ -201,6 +233,7 @@ def runs_and_pairs() -> list[Step]:
         noun(
             lambda v: math.gcd(*v),
             """divisor | ints -> int | 4 | the greatest common divisor of the numbers (0 if there is none)
+
             OUT = 0
             for x in IN:
                 y = abs(x)
@@ -221,7 +254,9 @@ def two_arguments() -> list[Step]:
     return [
         noun(
             lambda v, t: sum(1 for a, b in itertools.combinations(v, 2) if a + b == t),
-            """pairs | ints int -> int | 5 | how many pairs of positions of the list hold numbers that add up to the integer
+            """pairs | ints int -> int | 5 | how many pairs of positions of the list hold numbers that add
+            up to the integer
+
             OUT = 0
             for i in range(len(IN)):
                 for j in range(i + 1, len(IN)):
@@ -236,7 +271,9 @@ def two_arguments() -> list[Step]:
         ),
         noun(
             lambda v, k: [sorted(v[i : i + k])[-1] for i in range(len(v) - k + 1)],
-            """window_max | ints int -> ints | 5 | a list of the largest numbers of all stretches of that many neighbours
+            """window_max | ints int -> ints | 5 | a list of the largest numbers of all stretches of that
+            many neighbours
+
             OUT = []
             for i in range(len(IN) - IN2 + 1):
                 OUT.append(max(IN[i:i + IN2]))
@@ -246,8 +283,9 @@ def two_arguments() -> list[Step]:
             inputs=_list_and_window,
         ),
         noun(
-            lambda v, k: max(math.fsum(v[i : i + k]) for i in range(len(v) - k + 1)).__int__(),
+            lambda v, k: max(int(math.fsum(v[i : i + k])) for i in range(len(v) - k + 1)),
             """window_sum | ints int -> int | 4 | the largest sum of that many neighbours in the list
+
             OUT = max(sum(IN[i:i + IN2]) for i in range(len(IN) - IN2 + 1))
             ---
             total = sum(IN[:IN2])
@@ -261,7 +299,9 @@ def two_arguments() -> list[Step]:
         ),
         noun(
             lambda v, k: [x for x in v if sum(y < x for y in v) < k <= sum(y <= x for y in v)][0],
-            """smallest | ints int -> int | 3 | the number at that place (counted from 1) when the list is sorted in ascending order
+            """smallest | ints int -> int | 3 | the number at that place (counted from 1) when the list is
+            sorted in ascending order
+
             OUT = sorted(IN)[IN2 - 1]
             ---
             left = list(IN)
@@ -274,6 +314,7 @@ def two_arguments() -> list[Step]:
         noun(
             lambda v, w: sorted([*v, *w]),
             """merged | ints ints -> ints | 4 | the sorted list of all numbers of both sorted lists
+
             OUT = sorted(IN + IN2)
             ---
             OUT = []
@@ -291,7 +332,9 @@ def two_arguments() -> list[Step]:
         ),
         noun(
             lambda v, w: sorted(set(v).intersection(w)),
-            """common | ints ints -> ints | 3 | the numbers that occur in both lists, each once, in ascending order
+            """common | ints ints -> ints | 3 | the numbers that occur in both lists, each once, in
+            ascending order
+
             OUT = sorted(set(IN) & set(IN2))
             ---
             OUT = []
@@ -303,7 +346,9 @@ def two_arguments() -> list[Step]:
         ),
         noun(
             lambda v, w: sum(map(math.prod, zip(v, w, strict=True))),
-            """dot | ints ints -> int | 2 | the sum of the products of the numbers at the same places of the two lists
+            """dot | ints ints -> int | 2 | the sum of the products of the numbers at the same places of
+            the two lists
+
             OUT = sum(x * y for x, y in zip(IN, IN2))
             ---
             OUT = 0
@@ -321,6 +366,7 @@ def subsequences() -> list[Step]:
         noun(
             lambda v: max(len(s) for s in _subsequences(v) if list(s) == sorted(set(s))),
             """increasing | ints -> int | 8 | the length of the longest strictly increasing subsequence
+
             best = [1] * len(IN)
             for i in range(len(IN)):
                 for j in range(i):
@@ -347,7 +393,9 @@ def subsequences() -> list[Step]:
                 for s in itertools.combinations(range(len(v)), n)
                 if all(b - a > 1 for a, b in itertools.pairwise(s))
             ),
-            """robber | ints -> int | 7 | the largest sum of some of the numbers (or none) of which no two are neighbours
+            """robber | ints -> int | 7 | the largest sum of some of the numbers (or none) of which no two
+            are neighbours
+
             taken = 0
             skipped = 0
             for x in IN:
@@ -362,7 +410,9 @@ def subsequences() -> list[Step]:
         ),
         noun(
             lambda v: max((math.prod(s) for s in _slices(v)), default=0),
-            """best_product | ints -> int | 8 | the largest product of neighbouring numbers (at least one of them, 0 for an empty list)
+            """best_product | ints -> int | 8 | the largest product of neighbouring numbers (at least one
+            of them, 0 for an empty list)
+
             OUT = max(IN, default=0)
             high = 1
             low = 1
@@ -381,7 +431,9 @@ def subsequences() -> list[Step]:
         ),
         noun(
             lambda v: len({sum(s) for s in _subsequences(v)}),
-            """subset_sums | ints -> int | 8 | how many different sums the subsets of the numbers have (the empty one has 0)
+            """subset_sums | ints -> int | 8 | how many different sums the subsets of the numbers have (the
+            empty one has 0)
+
             found = {0}
             for x in IN:
                 found = found | {x + y for y in found}
@@ -397,7 +449,9 @@ def subsequences() -> list[Step]:
         ),
         noun(
             lambda v: any(sum(s) * 2 == sum(v) for s in _subsequences(v)),
-            """divisible | ints -> flag | 9 | whether the numbers can be divided into two groups with equal sums
+            """divisible | ints -> flag | 9 | whether the numbers can be divided into two groups with equal
+            sums
+
             found = {0}
             for x in IN:
                 found = {y + x for y in found} | {y - x for y in found}
@@ -411,7 +465,9 @@ def subsequences() -> list[Step]:
         ),
         noun(
             _water,
-            """water | ints -> int | 8 | how many units of water stay between bars of these heights when it rains
+            """water | ints -> int | 8 | how many units of water stay between bars of these heights when it
+            rains
+
             OUT = 0
             for i in range(len(IN)):
                 left = max(IN[:i + 1])
@@ -437,7 +493,9 @@ def subsequences() -> list[Step]:
         ),
         noun(
             lambda v, t: sum(1 for s in _subsequences(v) if sum(s) == t),
-            """subsets | ints int -> int | 9 | how many ways there are to choose places of the list whose numbers add up to the integer
+            """subsets | ints int -> int | 9 | how many ways there are to choose places of the list whose
+            numbers add up to the integer
+
             ways = [1] + [0] * IN2
             for x in IN:
                 for i in range(IN2, x - 1, -1):
@@ -453,8 +511,10 @@ def subsequences() -> list[Step]:
             inputs=_list_and_target,
         ),
         noun(
-            lambda v, t: _fewest_coins(tuple(v), t),
-            """coins | ints int -> int | 9 | how few coins with these values, each used as often as needed, add up to the integer (-1 if none do)
+            _fewest_coins,
+            """coins | ints int -> int | 9 | how few coins with these values, each used as often as needed,
+            add up to the integer (-1 if none do)
+
             best = [0] + [-1] * IN2
             for i in range(1, IN2 + 1):
                 for x in IN:
@@ -472,12 +532,10 @@ def subsequences() -> list[Step]:
             inputs=_list_and_target,
         ),
         noun(
-            lambda v, t: sum(
-                1
-                for counts in itertools.product(*(range(t // x + 1) for x in sorted(set(v))))
-                if sum(map(math.prod, zip(counts, sorted(set(v)), strict=True))) == t
-            ),
-            """change | ints int -> int | 10 | how many ways there are to pay the integer with coins of the different values in the list
+            _ways_to_pay,
+            """change | ints int -> int | 10 | how many ways there are to pay the integer with coins of the
+            different values in the list
+
             ways = [1] + [0] * IN2
             for x in set(IN):
                 for i in range(x, IN2 + 1):
@@ -492,14 +550,6 @@ def subsequences() -> list[Step]:
                 return count(values, left - values[0]) + count(values[1:], left)
             OUT = count(sorted(set(IN)), IN2)
             """,
-            inputs=_list_and_target,
+            inputs=_coins_and_amount,
         ),
     ]
-
-
-def _fewest_coins(values: tuple[int, ...], target: int) -> int:
-    for count in range(target + 1):
-        for chosen in itertools.combinations_with_replacement(sorted(set(values)), count):
-            if sum(chosen) == target:
-                return count
-    return -1

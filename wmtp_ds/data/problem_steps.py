@@ -6,7 +6,7 @@ different ways altogether (the spec tries everything, the form is dynamic progra
 either shows as a solution that fails its tests.
 """
 
-import textwrap
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -71,14 +71,13 @@ class Step:
     inputs: Inputs | None = None
 
 
-def noun(
-    spec: Callable[..., Any], definition: str, *, fold: Fold | None = None, inputs: Inputs | None = None
-) -> Step:
+def noun(spec: Callable[..., Any], definition: str, *, fold: Fold | None = None, inputs: Inputs | None = None) -> Step:
     """A step whose text names its result.
 
     Args:
         spec: its meaning, a function of as many arguments as the step takes.
-        definition: a header ``name | kinds -> kind | cost | text``, then the forms, with lines ``---`` between.
+        definition: a header ``name | kinds -> kind | cost | text``, an empty line, then the forms, with lines ``---``
+            between them.
         fold: how a loop does it, where that is so.
         inputs: makes the arguments of a test, where not any of their kinds will do.
     """
@@ -133,6 +132,7 @@ def each(spec: Callable[[Any], Any], header: str, *ways: str) -> Step:
 
 
 def _read(definition: str) -> tuple[list[str], tuple[str, ...]]:
-    header, _, body = textwrap.dedent(definition).strip().partition("\n")
+    """Fields of the header (all lines up to an empty one) and the forms of a definition."""
+    header, _, body = inspect.cleandoc(definition).partition("\n\n")
     forms = tuple(form.strip("\n") for form in body.split("\n---\n")) if body else ()
-    return [part.strip() for part in header.split("|", 3)], forms
+    return [part.strip() for part in " ".join(header.split()).split("|", 3)], forms

@@ -361,4 +361,3 @@ def run_python(
         stopped = Verdict.MEMORY
     exit_code = report.code if report.ended == "exit" else None
     return Completed(report.stdout, report.stderr, exit_code, stopped, report.truncated)
-

@@ -7,15 +7,30 @@ when a model is made and stored beside it as ``trunk_fingerprint.json``.
 
 import hashlib
 import json
+import logging
+import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wmtp_ds.errors import UserError
 
 FILE_NAME = "trunk_fingerprint.json"
 _READ_BYTES = 1 << 24
+# Bits of one element, by safetensors' names of dtypes.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+logger = logging.getLogger("wmtp_ds.models")
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if index.is_file():
         try:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged: {error}. Import the model again.") from None
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -57,18 +72,48 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             if length > size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            if stop > size:
-                raise ValueError(f"it ends within tensor {name}")
-            tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, stop)
-        return tensors
+        return _laid_out(file, header, 8 + length, size)
     except FileNotFoundError:
         raise UserError(f"weights file {file} is missing. Import or copy the model again.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except struct.error:
+        raise UserError(f"weights file {file} is damaged: it is cut short. Import or copy the model again.") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"weights file {file} is damaged: {error}. Import or copy the model again.") from None
+
+
+def _laid_out(file: Path, header: Any, start: int, size: int) -> dict[str, StoredTensor]:
+    """The tensors of a header, which must cover the file from ``start`` to its end without gap or overlap.
+
+    What passes here can be read: an error later would come in the middle of a collective.
+
+    Raises:
+        ValueError: if they do not, or an entry is malformed.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    tensors = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            bits, shape, (first, last) = _BITS[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"its header does not say dtype, shape and place of tensor {name}") from None
+        if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+            raise ValueError(f"its header gives tensor {name} an impossible shape or place")
+        if start + last > size:
+            raise ValueError(f"it ends within tensor {name}")
+        if (last - first) * 8 != bits * math.prod(shape):
+            raise ValueError(f"its header gives tensor {name} the wrong number of bytes")
+        tensors.append((name, StoredTensor(file, entry["dtype"], shape, start + first, start + last)))
+    end = start
+    for name, tensor in sorted(tensors, key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"tensor {name} does not begin where the one before it ends")
+        end = tensor.stop
+    if end != size:
+        raise ValueError(f"it should have {end} bytes, not {size}")
+    return dict(tensors)
 
 
 def is_trunk(name: str, num_hidden_layers: int) -> bool:
@@ -76,7 +121,9 @@ def is_trunk(name: str, num_hidden_layers: int) -> bool:
     if name.startswith("model.embed_tokens."):
         return True
     parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) < num_hidden_layers - 1
+    if parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
+        return False
+    return int(parts[2]) < num_hidden_layers - 1
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
@@ -99,7 +146,15 @@ def compute_trunk_fingerprint(folder: Path) -> str:
     Raises:
         UserError: if config.json or the weights are missing or damaged.
     """
-    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    config = folder / "config.json"
+    try:
+        layers = json.loads(config.read_text())["num_hidden_layers"]
+        if type(layers) is not int:
+            raise ValueError(f"num_hidden_layers is {layers!r}")
+    except FileNotFoundError:
+        raise UserError(f"{config} is missing: {folder} is not a model folder.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} is damaged: {error}. Import the model again.") from None
     digest = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(folder).items()):
         if is_trunk(name, layers):
@@ -110,16 +165,27 @@ def compute_trunk_fingerprint(folder: Path) -> str:
 
 
 def store_trunk_fingerprint(folder: Path) -> str:
-    """Compute the fingerprint of a model folder, write it beside the weights, and return it."""
+    """Compute the fingerprint of a model folder, write it beside the weights, and return it.
+
+    A folder that cannot be written to (a shared, read-only model) is only warned about.
+    """
     fingerprint = compute_trunk_fingerprint(folder)
-    (folder / FILE_NAME).write_text(json.dumps({"sha256": fingerprint}) + "\n")
+    temporary = folder / f".{FILE_NAME}.tmp"
+    try:
+        temporary.write_text(json.dumps({"sha256": fingerprint}) + "\n")
+        temporary.replace(folder / FILE_NAME)
+    except OSError as error:
+        logger.warning("the trunk's fingerprint was not stored and has to be computed each time: %s", error)
     return fingerprint
 
 
 def read_trunk_fingerprint(folder: Path) -> str | None:
     """The stored fingerprint of a model folder; None if there is none."""
     try:
-        return str(json.loads((folder / FILE_NAME).read_text())["sha256"])
+        fingerprint = json.loads((folder / FILE_NAME).read_text())["sha256"]
+        if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
+            raise ValueError("it holds no SHA-256")
+        return fingerprint
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,13 +6,14 @@ parameter is read from its file, handed out, and forgotten; written likewise.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig
@@ -23,6 +24,7 @@ from wmtp_ds.models.fingerprint import StoredTensor, stored_tensors
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 SHARD_BYTES = 4_000_000_000
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 class Sharding(Protocol):
@@ -72,13 +74,18 @@ def read_llama_config(folder: Path, n_future_tokens: int | None = None) -> Llama
         raise UserError(f"{file} is missing: {folder} is not a model folder.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object.")
     if fields.get("model_type") != "llama":
         raise UserError(
             f"{file}: model_type is {fields.get('model_type')!r}; only Llama-architecture models work here."
         )
     if n_future_tokens is not None:
         fields["n_future_tokens"] = n_future_tokens
-    return LlamaConfig.from_dict(fields)
+    try:
+        return LlamaConfig.from_dict(fields)
+    except Exception as error:  # its validation raises exceptions of a dozen kinds
+        raise UserError(f"{file} describes no Llama: {_in_one_line(error)}") from None
 
 
 def load_policy(
@@ -101,28 +108,45 @@ def load_policy(
     """
     sharding = sharding or Whole()
     config = read_llama_config(folder, n_future_tokens)
+    _check_architecture(config, folder / "config.json")
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with sharding.construct(), no_init_weights():
             model = MTPLlamaForCausalLM(config)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
     finally:
         torch.set_default_dtype(previous)
     _fill(model, folder, sharding)
     return model
 
 
+def _check_architecture(config: LlamaConfig, file: Path) -> None:
+    """Build the model without memory: what is wrong with a config.json is said before ranks make it together."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            MTPLlamaForCausalLM(config)
+    except Exception as error:  # whatever transformers raises for values that do not go together
+        raise UserError(f"{file} describes no model that can be built: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _fill(model: MTPLlamaForCausalLM, folder: Path, sharding: Sharding) -> None:
     stored = stored_tensors(folder)
-    # Names are compared on every rank, and shapes before anything is gathered: an error inside a collective would
+    # Names are compared on every rank, and dtypes and shapes before anything is gathered: an error inside a collective would
     # leave the other ranks waiting.
     parameters = dict(model.named_parameters())
     missing = sorted(parameters.keys() - stored.keys())
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}.")
     for name, parameter in parameters.items():
+        if stored[name].dtype not in _FLOATS:
+            raise UserError(
+                f"{stored[name].file}: {name} is stored as {stored[name].dtype}: quantised weights cannot be trained. "
+                "Import the model in float32, bfloat16 or float16."
+            )
         if stored[name].shape != sharding.shape(parameter):
             raise UserError(
                 f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json asks for "
@@ -158,6 +182,9 @@ def save_weights(
         sharding: how parameters are spread.
         value_of: what to store for a gathered parameter, by default itself.
         shard_bytes: a new file is begun beyond this size; the memory needed on the main rank.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
     sharding = sharding or Whole()
     shards: list[list[str]] = []
@@ -167,7 +194,7 @@ def save_weights(
     def flush() -> None:
         nonlocal pending_bytes
         if pending and sharding.is_main:
-            save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+            _write_shard(pending, folder / f"part-{len(shards)}.safetensors")
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
@@ -185,6 +212,17 @@ def save_weights(
         flush()
     if sharding.is_main:
         _name_shards(folder, shards, total_bytes)
+
+
+def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # also what a full disk comes as
+        raise OSError(f"{file}: {error}") from error
+    # safetensors makes a private file; a model is as readable as everything else that is written.
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
@@ -207,10 +245,12 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: if there is none, or it lacks an end-of-text token.
     """
+    if not folder.is_dir():  # transformers would take it for the name of a model on the hub
+        raise UserError(f"{folder} does not exist: there is no tokenizer to load.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} has no tokenizer that loads: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions, too
+        raise UserError(f"{folder} has no tokenizer that loads: {_in_one_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-text token (eos_token), which solutions must end with."

@@ -34,13 +34,14 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
     ``forward``, ``generate`` and the names of the parameters are those of ``LlamaForCausalLM`` (head 1).
 
     Raises:
-        ValueError: if the config has no ``n_future_tokens`` ≥ 1.
+        ValueError: if the config has no ``n_future_tokens`` ≥ 1, or no block for head 1.
     """
 
     def __init__(self, config: LlamaConfig):
         n = getattr(config, "n_future_tokens", None)
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"the model's config.json must say n_future_tokens >= 1, not {n!r}")
+        for name, value in (("n_future_tokens", n), ("num_hidden_layers", config.num_hidden_layers)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"the model's config.json must say {name} >= 1, not {value!r}")
         # As LlamaForCausalLM does, but with an unembedding that can host a loss.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = LlamaModel(config)

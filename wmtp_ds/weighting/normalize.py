@@ -62,7 +62,8 @@ def standardisation(
         shift = reduce_sum(chosen.sum()) / count
         # Two passes: the squares of small differences would drown in the square of a large mean.
         spread = (reduce_sum(((chosen - shift) ** 2).sum()) / count).sqrt()
-        scale = torch.where(spread > 0, spread, 1.0)
+        # Where all are equal, what is left is the rounding of their mean, which must not be blown up to ±1.
+        scale = torch.where(spread > 1e-12 * shift.abs(), spread, 1.0)
     log_mean = chosen.new_zeros(())
     if mean1:
         logs = (chosen - shift) / (scale * beta)

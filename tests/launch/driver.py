@@ -1,0 +1,52 @@
+"""What the launcher starts in these tests: several runs, one after another, in the same ranks.
+
+Each job is a stage config with overrides, run by the function that ``bin/train_stage.py`` runs. ``stop_after`` makes
+it see a SIGTERM while it takes that step, as if one had come.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import wmtp_ds.train
+from wmtp_ds.launch import Place, Request
+from wmtp_ds.rank import quiet
+from wmtp_ds.signals import Interruption
+
+
+def interrupted_after(steps: int) -> type[Interruption]:
+    """An interruption whose signal comes during the given step."""
+
+    class Scheduled(Interruption):
+        seen = 0
+
+        @property
+        def signal(self) -> int:
+            self.seen += 1
+            return signal.SIGTERM if self.seen == steps else 0
+
+        @signal.setter
+        def signal(self, value: int) -> None:
+            pass
+
+    return Scheduled
+
+
+def main() -> None:
+    """Run the jobs of a JSON file; write each one's exit code beside its checkpoints."""
+    jobs_file = Path(sys.argv[-1])
+    torch.set_num_threads(1)
+    quiet("warning", Place(0, 0, 1, 1))
+    for job in json.loads(jobs_file.read_text()):
+        resolved = Request(stage=job["stage"], config=Path(job["config"]), override=tuple(job["override"])).load()
+        stop_after = job.get("stop_after")
+        wmtp_ds.train.Interruption = interrupted_after(stop_after) if stop_after else Interruption
+        code = wmtp_ds.train.train(resolved, resume=job.get("resume", "never"))
+        assert code == (143 if stop_after else 0), f"{job} ended with {code}"
+    print("all jobs done", flush=True)
+
+
+main()

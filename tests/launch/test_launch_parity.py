@@ -1,0 +1,199 @@
+"""Through the real launcher: the same losses as plain torch, and the same however the global batch is cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from plain_torch import stage_loss, tokenize
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from wmtp_ds.config import load_config
+from wmtp_ds.launch import free_port
+from wmtp_ds.models.loading import load_policy, load_tokenizer
+from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.run_data import open_data
+
+pytestmark = pytest.mark.launch
+
+STEPS = 5
+# ranks, sequences of a micro-batch, accumulation steps: one global batch of 4.
+LAYOUTS = [(1, 1, 4), (1, 2, 2), (2, 2, 1), (4, 1, 1)]
+SGD = ["training.optimizer=sgd", "training.learning_rate=0.05", "training.scheduler=linear"]
+ADAMW = ["training.optimizer=adamw", "training.learning_rate=1e-3", "training.weight_decay=0.1"]
+# A head that starts at zero: a fresh critic's, without a seed to agree on.
+LINEAR = ['value_head.type="linear"']
+# Name -> stage and overrides; these do not depend on how the batch is cut.
+INVARIANT = {
+    "baseline": ("baseline", SGD),
+    "critic": ("critic", [*SGD, *LINEAR, "training.gamma=0.97"]),
+    "verifiable": ("verifiable", SGD),
+    "verifiable-normalised": (
+        "verifiable",
+        [*SGD, 'training.td_normalize="zscore"', 'training.weight_norm="mean1"', "training.td_lambda=0.9"],
+    ),
+    "rho1-sequence": ("rho1", [*SGD, 'training.selection_scope="sequence"']),
+}
+# Compared with plain torch as well, in one layout: AdamW with clipping, and selection within micro-batches.
+MORE = {
+    "baseline-adamw": ("baseline", [*ADAMW, "training.max_grad_norm=0.5", "training.gradient_checkpointing=true"]),
+    "critic-adamw": ("critic", [*ADAMW, *LINEAR]),
+    "verifiable-adamw": ("verifiable", [*ADAMW, "training.value_lr=5e-3"]),
+    "rho1-batch": ("rho1", [*ADAMW, 'training.selection_scope="batch"', "training.k_percent=0.55"]),
+}
+
+
+def job(root: Path, name: str, stage: str, overrides: list[str], layout: tuple[int, int, int]) -> dict:
+    """A run of a few steps that logs every step and exports its final weights."""
+    ranks, batch, accumulation = layout
+    return {
+        "stage": stage,
+        "config": f"stage_configs/local/{stage}.toml",
+        "override": [
+            f"checkpoint.save_dir={json.dumps(str(root / 'runs' / f'{name}-{ranks}x{batch}x{accumulation}'))}",
+            f"training.batch_size={batch}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            f"training.max_steps={STEPS}",
+            "data_sampling.n_samples=32",
+            "training.n_epochs=1.0",
+            "training.log_interval=1",
+            "training.warmup_ratio=0.0",
+            "training.max_grad_norm=0.0",
+            "checkpoint.save_best=false",
+            "checkpoint.save_checkpoint_every=0",
+            'mlflow.tracking_uri=""',
+            f"experiment.critic_checkpoint={json.dumps(str(root / 'critic'))}",
+        ][: None if stage == "verifiable" else -1]
+        + overrides,
+    }
+
+
+def start(root: Path, jobs: list[dict], ranks: int) -> None:
+    """Run jobs in one launch."""
+    file = root / f"jobs-{ranks}-{len(jobs)}-{len(list(root.glob('jobs-*')))}.json"
+    file.write_text(json.dumps(jobs))
+    driver = str(Path(__file__).with_name("driver.py"))
+    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), driver, str(file)]
+    done = run(command, root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all jobs done") == ranks
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Path:
+    """Every job in every layout; a critic with random weights is made first, so that TD errors are not all alike."""
+    from wmtp_ds.handoff import save_value_head
+    from wmtp_ds.models.fingerprint import read_trunk_fingerprint
+
+    (workspace / "critic").mkdir()
+    save_value_head(
+        workspace / "critic/value_head.safetensors",
+        random_head().state_dict(),
+        hidden_size=64,
+        type="mlp",
+        activation="sigmoid",
+        trunk_fingerprint=str(read_trunk_fingerprint(workspace / "storage/models/micro-policy")),
+    )
+    for layout in LAYOUTS:
+        jobs = INVARIANT | MORE if layout == (2, 2, 1) else INVARIANT
+        start(workspace, [job(workspace, name, *spec, layout) for name, spec in jobs.items()], layout[0])
+    return workspace
+
+
+def random_head() -> ValueHead:
+    """A value head whose values differ from token to token."""
+    torch.manual_seed(7)
+    head = ValueHead(64, "mlp")
+    torch.nn.init.normal_(head.output.weight, std=0.5)
+    return head
+
+
+def losses(root: Path, name: str, layout: tuple[int, int, int]) -> list[float]:
+    file = root / "runs" / f"{name}-{'x'.join(map(str, layout))}" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {r["step"]: r["metrics"]["train/loss"] for r in records if "train/loss" in r["metrics"]}
+    return [found[step] for step in range(1, STEPS + 1)]
+
+
+def weights(root: Path, name: str, layout: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    folder = root / "runs" / f"{name}-{'x'.join(map(str, layout))}" / "checkpoint_final"
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(trained: Path, name: str) -> None:
+    first = LAYOUTS[0]
+    expected, expected_weights = losses(trained, name, first), weights(trained, name, first)
+    assert len(set(expected)) == STEPS  # weights change between steps
+    for layout in LAYOUTS[1:]:
+        assert losses(trained, name, layout) == pytest.approx(expected, abs=2e-6), layout
+        found = weights(trained, name, layout)
+        assert found.keys() == expected_weights.keys()
+        for tensor, value in expected_weights.items():
+            torch.testing.assert_close(found[tensor], value, rtol=0, atol=3e-6, msg=f"{layout} {tensor}")
+
+
+@pytest.mark.parametrize("name", [*INVARIANT, *MORE])
+def test_zero3_trains_like_plain_torch(trained: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    layout = (2, 2, 1)
+    stage, overrides = (INVARIANT | MORE)[name]
+    spec = job(trained, name, stage, overrides, layout)
+    resolved = load_config(Path(spec["config"]), spec["override"])
+    expected, policy, head = train_plainly(stage, resolved)
+    assert losses(trained, name, layout) == pytest.approx(expected, abs=2e-5)
+    found = weights(trained, name, layout)
+    modules = [m for m in (None if stage == "critic" else policy, head) if m is not None]
+    parameters = {n: p for module in modules for n, p in module.named_parameters()}
+    assert found.keys() == parameters.keys()
+    # Adam divides by the root of its second moment: where a gradient is nearly 0, rounding decides its direction.
+    tolerance = 3e-6 if resolved.config.training.optimizer == "sgd" else 2e-3
+    for tensor, value in found.items():
+        torch.testing.assert_close(value, parameters[tensor].data, rtol=0, atol=tolerance, msg=tensor)
+
+
+def train_plainly(stage: str, resolved) -> tuple[list[float], torch.nn.Module, ValueHead | None]:
+    """The same run in one process, without any of the toolkit's training code."""
+    config, cfg = resolved.config, resolved.config.training
+    data = open_data(resolved, world_size=2)
+    rows = [json.loads(line) for line in Path(config.dataset.train).read_text().splitlines()]
+    policy = load_policy(Path(config.models.policy.path))
+    tokenizer = load_tokenizer(Path(config.models.policy.path))
+    reference = LlamaForCausalLM.from_pretrained("storage/models/micro-reference").eval()
+    head = random_head() if stage == "verifiable" else ValueHead(64) if stage == "critic" else None
+    groups: list[dict] = []
+    if stage != "critic":
+        groups += split_by_decay(policy, cfg.learning_rate, cfg.weight_decay)
+    if head is not None:
+        groups += split_by_decay(head, cfg.value_lr, cfg.weight_decay)
+    optimizer = torch.optim.SGD(groups) if cfg.optimizer == "sgd" else torch.optim.AdamW(groups, betas=tuple(cfg.betas))
+    rates = [group["lr"] for group in groups]
+    found = []
+    for step in range(STEPS):
+        drawn = [rows[i] for i in data.plan.rows(step)]
+        sequences = [(*tokenize(row, tokenizer), float(row["is_correct"])) for row in drawn]
+        for group, rate in zip(groups, rates, strict=True):
+            progress = step / STEPS
+            factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())}
+            group["lr"] = rate * factor[cfg.scheduler]
+        optimizer.param_groups[:] = [
+            old | {"lr": g["lr"]} for old, g in zip(optimizer.param_groups, groups, strict=True)
+        ]
+        optimizer.zero_grad()
+        loss = stage_loss(stage, policy, head, reference, sequences, [[0, 1], [2, 3]], cfg)
+        loss.backward()
+        if cfg.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], cfg.max_grad_norm)
+        optimizer.step()
+        found.append(loss.item())
+    return found, policy, head
+
+
+def split_by_decay(module: torch.nn.Module, rate: float, decay: float) -> list[dict]:
+    """Matrices decay, vectors do not."""
+    return [
+        {"params": [p for p in module.parameters() if p.dim() > 1], "lr": rate, "weight_decay": decay},
+        {"params": [p for p in module.parameters() if p.dim() <= 1], "lr": rate, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,269 @@
+"""Runs from beginning to end through the real launcher: checkpoints, resume, handoff, tracking, signals, ranks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment, run
+from safetensors.torch import load_file
+from test_launch_parity import start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wmtp_ds.launch import free_port
+
+pytestmark = pytest.mark.launch
+
+STEPS, STOP = 8, 5
+STAGES = ("baseline", "critic", "verifiable", "rho1")
+
+
+def overrides(folder: str, *more: str) -> list[str]:
+    return [
+        f'checkpoint.save_dir="checkpoints/{folder}"',
+        f"training.max_steps={STEPS}",
+        "data_sampling.n_samples=40",
+        "training.n_epochs=4.0",
+        "training.batch_size=2",
+        "training.gradient_accumulation_steps=1",
+        "training.log_interval=1",
+        "training.eval_interval=4",
+        'mlflow.tracking_uri="sqlite:///mlflow.db"',
+        *more,
+    ]
+
+
+def job(stage: str, folder: str, *more: str, **keywords: object) -> dict:
+    config = f"stage_configs/local/{stage}.toml"
+    return {"stage": stage, "config": config, "override": overrides(folder, *more), **keywords}
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Path) -> Path:
+    """Each stage trained straight through, and once more interrupted and resumed; verifiable takes the critic's URIs."""
+    first = [job("critic", "critic", "checkpoint.save_checkpoint_every=0.2", "checkpoint.save_total_limit=2")]
+    start(workspace, first, 2)
+    artifact = f"runs:/{run_id(workspace, 'critic')}/checkpoint_best"
+    jobs = []
+    for stage in STAGES:
+        more = [f'experiment.critic_checkpoint="{artifact}"'] if stage == "verifiable" else []
+        if stage != "critic":
+            jobs.append(job(stage, stage, *more))
+        else:
+            more = ["checkpoint.save_checkpoint_every=0.2", "checkpoint.save_total_limit=2"]
+        jobs.append(job(stage, f"{stage}-resumed", *more, stop_after=STOP))
+        jobs.append(job(stage, f"{stage}-resumed", *more, resume="auto"))
+    other_form = f"mlflow://{experiment_id(workspace)}/{run_id(workspace, 'critic')}/artifacts/checkpoint_best"
+    jobs.append(job("verifiable", "verifiable-uri", f'experiment.critic_checkpoint="{other_form}"'))
+    # Started anew where a run has been: the earlier one moves aside.
+    jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=2"))
+    jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=3"))
+    start(workspace, jobs, 2)
+    return workspace
+
+
+def summary(root: Path, folder: str) -> dict:
+    return json.loads((root / "checkpoints" / folder / "run.json").read_text())
+
+
+def run_id(root: Path, folder: str) -> str:
+    return summary(root, folder)["mlflow_run_id"]
+
+
+def client(root: Path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+
+
+def experiment_id(root: Path) -> str:
+    return client(root).get_run(run_id(root, "critic")).info.experiment_id
+
+
+def metrics(root: Path, folder: str) -> dict[int, dict[str, float]]:
+    """Everything logged at each step but what depends on the clock."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (root / "checkpoints" / folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        values = {name: value for name, value in record["metrics"].items() if not name.startswith("perf/")}
+        found.setdefault(record["step"], {}).update(values)
+    return found
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(runs: Path, stage: str) -> None:
+    straight, resumed = metrics(runs, stage), metrics(runs, f"{stage}-resumed")
+    assert sorted(straight) == list(range(1, STEPS + 1))
+    assert resumed == straight
+    expected = tensors(runs / "checkpoints" / stage / "checkpoint_final")
+    found = tensors(runs / "checkpoints" / f"{stage}-resumed" / "checkpoint_final")
+    assert expected
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_is_one_tracked_run(runs: Path, stage: str) -> None:
+    folder = f"{stage}-resumed"
+    tracked = client(runs).get_run(run_id(runs, folder))
+    assert tracked.info.status == "FINISHED"
+    history = client(runs).get_metric_history(tracked.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, STEPS + 1))
+    values = [metrics(runs, folder)[step]["train/loss"] for step in range(1, STEPS + 1)]
+    assert [point.value for point in history] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_tracked(runs: Path, stage: str) -> None:
+    tracked = client(runs).get_run(run_id(runs, stage))
+    tags, params, found = tracked.data.tags, tracked.data.params, tracked.data.metrics
+    assert tags["stage"] == stage
+    assert tags["world_size"] == "2"
+    assert tags["zero_stage"] == "3"
+    assert re.fullmatch("[0-9a-f]{16}", tags["config_hash"])
+    assert re.fullmatch("[0-9a-f]{64}", tags["trunk_fingerprint"])
+    assert re.fullmatch("[0-9a-f]{64}", tags["dataset_fingerprint"])
+    assert params["experiment.stage"] == stage
+    assert params["training.max_steps"] == str(STEPS)
+    expected = {"train/loss", "val/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_time"}
+    expected |= {"perf/mem_gib"}
+    if stage != "critic":
+        expected |= {f"train/loss_head_{k}" for k in range(1, 5)} | {f"val/loss_head_{k}" for k in range(1, 5)}
+    if stage in ("critic", "verifiable"):
+        expected |= {"train/value_loss", "val/value_loss", "val/auc"}
+    if stage == "verifiable":
+        expected |= {f"td/{x}" for x in ("mean", "std", "min", "max")}
+        expected |= {f"weight/{x}" for x in ("mean", "std", "min", "max", "entropy")}
+    if stage == "rho1":
+        expected |= {"rho1/selected_ratio"}
+        assert found["rho1/selected_ratio"] == pytest.approx(0.6, abs=0.02)
+    assert expected <= found.keys()
+    names = {artifact.path for artifact in client(runs).list_artifacts(tracked.info.run_id)}
+    assert names == {"config.toml", "checkpoint_best", "plots"}
+
+
+def test_the_critic_keeps_two_checkpoints_and_exports_no_trunk(runs: Path) -> None:
+    root = runs / "checkpoints/critic"
+    assert [p.name for p in sorted(root.glob("step_*"))] == ["step_00000006", "step_00000008"]
+    assert (root / "latest").read_text().strip() == "step_00000008"
+    for name in ("checkpoint_best", "checkpoint_final"):
+        assert {p.name for p in (root / name).iterdir()} == {"value_head.safetensors", "metrics.json", "config.toml"}
+    # No copy of the frozen policy in what is saved for a resume either: a value head of 64·64 and some, with Adam's
+    # states, in float32.
+    saved = sum(p.stat().st_size for p in (root / "step_00000008").iterdir())
+    assert saved < 400_000 < (runs / "storage/models/micro-policy/model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("stage", ["baseline", "verifiable", "rho1"])
+def test_an_export_loads_in_plain_transformers(runs: Path, stage: str) -> None:
+    folder = runs / "checkpoints" / stage / "checkpoint_final"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    start_ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    assert model.generate(start_ids, max_new_tokens=3, do_sample=False).shape == (1, start_ids.shape[1] + 3)
+    trained = tensors(folder)
+    before = load_file(runs / "storage/models/micro-policy/model.safetensors")
+    assert (folder / "value_head.safetensors").exists() == (stage == "verifiable")
+    # Every tensor of the policy was trained, extra heads included, and written whole.
+    assert all(not torch.equal(trained[name], tensor) for name, tensor in before.items())
+    assert all(trained[name].shape == tensor.shape for name, tensor in before.items())
+    facts = json.loads((folder / "metrics.json").read_text())
+    assert facts["step"] == STEPS
+    assert facts["mlflow_run_id"] == run_id(runs, stage)
+
+
+def test_both_uri_forms_hand_over_the_same_critic(runs: Path) -> None:
+    assert metrics(runs, "verifiable-uri") == metrics(runs, "verifiable")
+    first = metrics(runs, "verifiable")[1]
+    assert first["td/std"] > 0
+    assert first["weight/std"] > 0
+
+
+def test_an_earlier_run_moves_aside(runs: Path) -> None:
+    assert summary(runs, "baseline-again")["steps"] == 3
+    assert summary(runs, "baseline-again.1")["steps"] == 2
+
+
+def test_a_signal_saves_and_the_launcher_resumes(runs: Path) -> None:
+    """SIGTERM to `wmtp-ds train`, then `deepspeed` with a rank too many: it leaves and the other two go on."""
+    more = [part for text in overrides("signalled") for part in ("--override", text)]
+    more += ["--override", "training.max_steps=400", "--override", "training.n_epochs=40.0"]
+    arguments = ["--stage", "baseline", "--config", "stage_configs/local/baseline.toml", "--num_gpus", "2", *more]
+    log = runs / "signalled.log"
+    with log.open("w") as stream:
+        training = subprocess.Popen(
+            ["wmtp-ds", "train", *arguments], cwd=runs, env=environment(), stdout=stream, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while "step      3/400" not in log.read_text() and time.monotonic() < deadline:
+            assert training.poll() is None, log.read_text()
+            time.sleep(0.2)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(60) == 143, log.read_text()
+    stopped = int(re.search(r"stopped by signal 15 at step (\d+)", log.read_text()).group(1))
+    assert (runs / f"checkpoints/signalled/step_{stopped:08d}/manifest.json").exists()
+
+    end = stopped + 2
+    command = ["deepspeed", "--num_accelerators", "3", "--master_port", str(free_port()), "bin/train_stage.py"]
+    command += [*arguments, "--override", f"training.max_steps={end}", "--resume", "auto"]
+    done = run(command, runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"step_{stopped:08d} at step {stopped} of {end}" in done.stderr
+    assert summary(runs, "signalled")["steps"] == end
+    assert summary(runs, "signalled")["world_size"] == 2
+
+
+def test_errors_before_the_group_forms(workspace: Path, tmp_path: Path) -> None:
+    """Said once, with exit code 2, whatever starts the ranks."""
+    taken = free_port()
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("", taken))
+        listener.listen()
+        command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(taken), "bin/train_stage.py"]
+        done = run([*command, "--stage", "baseline", "--config", "stage_configs/local/baseline.toml"], workspace)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count(f"port {taken}, where the ranks are to meet, is taken") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_no_model_on_disk(tmp_path: Path, workspace: Path) -> None:
+    for name in ("stage_configs", "ds_configs", "bin"):
+        (tmp_path / name).symlink_to((workspace / name).resolve())
+    command = [
+        "deepspeed",
+        "--master_port",
+        str(free_port()),
+        "bin/train_stage.py",
+        "--stage",
+        "rho1",
+        "--num_gpus",
+        "4",
+    ]
+    done = run(command, tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("storage/models/meta-llama-mtp does not exist") == 1
+    assert "wmtp-ds model import SOURCE storage/models/meta-llama-mtp" in said
+    assert "storage/models/ref-sheared-llama-2.7b does not exist" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_no_process_is_left_behind(runs: Path) -> None:
+    import psutil
+
+    left = [p for p in psutil.process_iter(["cmdline", "pid"]) if str(runs) in " ".join(p.info["cmdline"] or [])]
+    assert [p for p in left if p.info["pid"] != os.getpid()] == []

@@ -1,0 +1,104 @@
+"""The sample data set: generated problems with correct solutions and mutants, every label earned by running."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from wmtp_ds.data.dataset_files import code_version, finished, write_dataset
+from wmtp_ds.data.labelled_rows import Source, counts, labelled_rows, prompt_input
+from wmtp_ds.data.labels import FunctionTests
+from wmtp_ds.data.problems import DIFFICULTIES, TESTS, Problem, generate_problems
+from wmtp_ds.data.sandbox import Limits
+from wmtp_ds.errors import RunError, UserError
+
+DEFAULT_PROBLEMS = 440
+MIN_PROBLEMS = 2 * len(DIFFICULTIES)  # so that each difficulty occurs in training and in validation
+SOLUTIONS = 3  # correct ones a problem, and as many incorrect ones
+VALIDATION_FRACTION = 0.1
+# Solutions here take milliseconds; only an endless loop takes this long.
+LIMITS = Limits(cpu_seconds=0.5)
+
+
+def _source(problem: Problem) -> Source:
+    tests = FunctionTests(problem.tests)
+    return Source(
+        problem_id=problem.problem_id,
+        instruction=problem.instruction,
+        input=prompt_input(tests),
+        references=problem.solutions,
+        tests=tests,
+        difficulty=problem.difficulty,
+        metadata={"source": "sample", "family": problem.family, "entry_point": problem.entry_point},
+    )
+
+
+def _validation_ids(problems: list[Problem], seed: int) -> set[str]:
+    """Problems held out, of each difficulty its share, at least one."""
+    rng = Random(f"split-{seed}")
+    held: set[str] = set()
+    for difficulty in DIFFICULTIES:
+        ids = [problem.problem_id for problem in problems if problem.difficulty == difficulty]
+        held.update(rng.sample(ids, max(1, round(VALIDATION_FRACTION * len(ids)))))
+    return held
+
+
+def make_sample(
+    output: Path,
+    *,
+    problems: int = DEFAULT_PROBLEMS,
+    seed: int = 0,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_done: Callable[[int], None] = lambda index: None,
+) -> dict[str, Any]:
+    """Write ``train.jsonl`` and ``validation.jsonl`` into ``output``, or leave them if they are there already.
+
+    The same arguments give the same bytes. Problems are split, not rows; no two problems share an instruction.
+
+    Args:
+        output: a folder.
+        problems: how many problems, at least ``MIN_PROBLEMS``.
+        seed: decides everything.
+        on_start: called with the number of problems before they run.
+        on_done: called with a problem's index when it has run.
+
+    Returns:
+        The summary: counts of rows and runs, and ``reused``, whether the files were there.
+
+    Raises:
+        UserError: too few problems, or the folder cannot be written.
+        RunError: no sandbox works here, writing failed, or a generated solution failed its tests.
+    """
+    if problems < MIN_PROBLEMS:
+        raise UserError(f"--problems {problems}: at least {MIN_PROBLEMS} are needed, two of each difficulty")
+    made_from = {"command": "data sample", "problems": problems, "seed": seed, "code": code_version()}
+    manifest = finished(output, made_from)
+    if manifest is not None:
+        return {**manifest["summary"], "reused": True}
+    generated = generate_problems(problems, seed, solutions=SOLUTIONS)
+    on_start(len(generated))
+    rows, report = labelled_rows(
+        [_source(problem) for problem in generated],
+        mutants_per_problem=SOLUTIONS,
+        seed=seed,
+        limits=LIMITS,
+        on_done=on_done,
+    )
+    if report.references_failed:
+        raise RunError(
+            "a generated solution failed its own tests, which is an error of the generator, or a machine too busy "
+            f"to give a solution half a second: {report.references_failed[0]}"
+        )
+    held = _validation_ids(generated, seed)
+    files: dict[str, list[dict[str, Any]]] = {"train.jsonl": [], "validation.jsonl": []}
+    for of_problem in rows:
+        for row in of_problem:
+            files["validation.jsonl" if row["problem_id"] in held else "train.jsonl"].append(row)
+    summary = {
+        "train": counts(files["train.jsonl"]),
+        "validation": counts(files["validation.jsonl"]),
+        "tests_per_problem": TESTS,
+        **report.as_dict(),
+    }
+    write_dataset(output, files, made_from, summary)
+    return {**summary, "reused": False}
