@@ -1,5 +1,6 @@
 """Models and engines of a stage, built from its config. Every rank calls these together."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from wmtp_ds.models.reference import ReferenceModel
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.optimization import lr_schedule, param_groups
 from wmtp_ds.stages.base import Stage, StageModel
+
+logger = logging.getLogger("wmtp_ds")
 
 
 def pick_device(wanted: str) -> str:
@@ -85,13 +88,16 @@ def _build_value_head(resolved: Resolved, hidden_size: int, critic: Path | None)
     head = ValueHead(hidden_size, wanted.type, wanted.activation)
     if critic is not None:
         trained = load_value_head(critic)
-        check_value_head(
+        problems = check_value_head(
             trained,
             hidden_size=hidden_size,
             type=wanted.type,
             activation=wanted.activation,
             trunk_fingerprint=trunk_fingerprint(Path(resolved.config.models.policy.path)),
         )
+        if distributed.is_main():
+            for problem in problems:
+                logger.warning("%s", problem)
         # Before the engine is made: its float32 masters are copies of what the weights are then.
         head.load_state_dict(trained.state_dict)
     return head

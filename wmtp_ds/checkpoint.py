@@ -52,7 +52,8 @@ class Checkpoints:
         partial, final = self.root / f"{_PARTIAL}{name}", self.root / name
         try:
             if distributed.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
+                for leftover in self.root.glob(f"{_PARTIAL}{_PREFIX}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir(parents=True)
             distributed.barrier()
             engine.save_state(self.root, partial.name, state, exclude_frozen=self.exclude_frozen)

@@ -13,9 +13,9 @@ from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine
 from wmtp_ds.errors import RunError
 from wmtp_ds.handoff import save_value_head
+from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import store_trunk_fingerprint
 from wmtp_ds.models.loading import save_weights
-from wmtp_ds.models.micro import write_config
 
 BEST, FINAL = "checkpoint_best", "checkpoint_final"
 

@@ -13,13 +13,14 @@ Nothing here imports torch before it is known that this process trains.
 import base64
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,19 +59,27 @@ class Request:
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
         return given + [part for text in self.override for part in ("--override", text)]
 
-    def load(self) -> Resolved:
-        """The checked config, of this stage.
+    @property
+    def config_path(self) -> Path:
+        """The config's file."""
+        return self.config or Path("stage_configs") / f"{self.stage}.toml"
+
+    def load(self, *, checks: bool = True) -> Resolved:
+        """The config, of this stage.
+
+        Args:
+            checks: False leaves out what looks at files: models, data, the critic.
 
         Raises:
             UserError: every problem that can be known before a process group forms.
         """
-        path = self.config or Path("stage_configs") / f"{self.stage}.toml"
+        path = self.config_path
         overrides = list(self.override)
-        if self.critic_checkpoint is not None:
+        if self.critic_checkpoint:  # "" leaves it to the config: MLproject cannot leave a parameter out
             overrides.append(f"experiment.critic_checkpoint={json.dumps(self.critic_checkpoint)}")
         if self.device is not None:
             overrides.append(f"runtime.device={json.dumps(self.device)}")
-        resolved = load_config(path, overrides)
+        resolved = load_config(path, overrides, checks=checks)
         if resolved.config.experiment.stage != self.stage:
             raise UserError(
                 f"{path} is a config of stage {resolved.config.experiment.stage!r}, not of {self.stage!r}. "
@@ -141,9 +150,10 @@ def decide(place: Place | None, request: Request) -> Literal["launch", "leave", 
         return "launch"
     if place.world_size == place.local_size and wanted < place.local_size:
         return "leave" if place.local_rank >= wanted else "train"
+    rest = shlex.join(replace(request, num_gpus=None).arguments())
     raise UserError(
         f"--num_gpus {wanted} does not fit the launcher's {place.world_size} ranks, {place.local_size} on this "
-        f"machine. Put the number before the script: deepspeed --num_gpus {wanted} {SCRIPT} --stage {request.stage}"
+        f"machine. Put the number before the script: deepspeed --num_gpus {wanted} {SCRIPT} {rest}"
     )
 
 
@@ -158,7 +168,7 @@ def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str
     return environment
 
 
-def launcher_command(ranks: Sequence[int], request: Request) -> list[str]:
+def launcher_command(ranks: Sequence[int | str], request: Request) -> list[str]:
     """DeepSpeed's single-node launcher for ranks on the given device ids, on a free port."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ranks)}).encode()).decode()
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=error", f"--world_info={world}"]
@@ -187,7 +197,7 @@ def check_port(place: Place, environ: Mapping[str, str]) -> None:
     """Rank 0 must be able to listen where the others will look for it.
 
     Raises:
-        UserError: if the port is taken.
+        UserError: if the port is taken, or no port.
     """
     if place.rank != 0 or "MASTER_PORT" not in environ:
         return
@@ -196,15 +206,19 @@ def check_port(place: Place, environ: Mapping[str, str]) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            what = f"is taken ({error.strerror})" if isinstance(error, OSError) else "is beyond 65535"
             raise UserError(
-                f"port {port}, where the ranks are to meet, is taken ({error.strerror}). Choose another: "
+                f"port {port}, where the ranks are to meet, {what}. Choose another: "
                 f"deepspeed --master_port {free_port()} {SCRIPT} …, or use wmtp-ds train, which finds a free one."
             ) from None
 
 
-def device_ids(device: str, wanted: int | None, environ: Mapping[str, str]) -> list[int]:
+def device_ids(device: str, wanted: int | None, environ: Mapping[str, str]) -> list[int | str]:
     """The devices to start ranks on: ``wanted`` of them, by default every GPU, or one CPU rank.
+
+    They become the ranks' ``CUDA_VISIBLE_DEVICES``, so where that is set already they are named as it names them
+    (by index, or by the UUID of a GPU or a part of one).
 
     Raises:
         UserError: if there are fewer GPUs than asked for.
@@ -219,8 +233,10 @@ def device_ids(device: str, wanted: int | None, environ: Mapping[str, str]) -> l
             f"--num_gpus {wanted or 1}: this machine has {count} GPUs{_visible(environ)}. "
             f"Ask for at most {count}, or train on the CPU with --device cpu."
         )
-    visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
-    ids = [int(part) for part in visible] if len(visible) == count else list(range(count))
+    visible = [part.strip() for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    ids: list[int | str] = [int(part) if part.isdecimal() else part for part in visible]
+    if len(ids) != count or "" in ids:
+        ids = list(range(count))
     return ids[: wanted or count]
 
 

@@ -1,18 +1,21 @@
 """Several stages one after another, as children of one tracked run; a critic is handed to what needs one."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wmtp_ds.config import ConfigError, Resolved
+from wmtp_ds.config.training import stage_names, training_class
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.export import BEST
 from wmtp_ds.launch import Request, launch
 from wmtp_ds.run_folder import read_summary, write_summary
 
-# Stands for the critic that an earlier stage is going to make: URIs are checked by their form until then.
-_COMING = "runs:/coming/checkpoint_best"
+_CRITIC = "experiment.critic_checkpoint"
+# Stands for the critic that an earlier stage is going to make.
+_COMING = f"runs:/coming/checkpoints/{BEST}"
 
 
 @dataclass
@@ -27,6 +30,21 @@ class Step:
         """Where the run's checkpoints go."""
         return Path(self.resolved.config.checkpoint.save_dir)
 
+    @property
+    def makes_critic(self) -> bool:
+        """Whether it trains a value head that others can start from."""
+        return _makes_critic(self.request.stage)
+
+    def critic_for(self, other: "Step") -> str:
+        """This run's critic as the other stage can find it: an artifact's URI means nothing to another server.
+
+        Raises:
+            RunError: if the run exported none.
+        """
+        critic = critic_of(self.folder)
+        same_server = self.resolved.config.mlflow.tracking_uri == other.resolved.config.mlflow.tracking_uri
+        return critic if same_server else str(self.folder / BEST)
+
 
 def plan_pipeline(requests: Sequence[Request]) -> list[Step]:
     """Check every config before the first stage starts.
@@ -39,17 +57,23 @@ def plan_pipeline(requests: Sequence[Request]) -> list[Step]:
     """
     steps: list[Step] = []
     problems: list[str] = []
-    makes_critic = False
+    maker: Step | None = None
+    coming = False
     for request in requests:
+        handed_over = coming and _needs_critic(request.stage)
+        coming = coming or _makes_critic(request.stage)
         try:
-            handed = replace(request, critic_checkpoint=_COMING) if makes_critic else request
-            resolved = handed.load() if _needs_critic(request.stage) else request.load()
+            resolved = _load_before_critic(request) if handed_over else request.load()
+            if handed_over and maker is not None and not maker.resolved.config.checkpoint.save_best:
+                problems.append(
+                    f"{maker.request.config_path}: checkpoint.save_best is false, but {request.config_path} needs "
+                    f"the {BEST} of this stage. Set it to true."
+                )
         except ConfigError as error:
             problems.append(str(error))
             continue
         steps.append(Step(request, resolved))
-        training = resolved.config.training
-        makes_critic |= training.has_value_head and not training.needs_critic
+        maker = steps[-1] if steps[-1].makes_critic else maker
     if problems:
         raise UserError("\n".join(problems))
     folders = [step.folder for step in steps]
@@ -59,10 +83,24 @@ def plan_pipeline(requests: Sequence[Request]) -> list[Step]:
     return steps
 
 
-def _needs_critic(stage: str) -> bool:
-    from wmtp_ds.config.training import stage_names, training_class
+def _load_before_critic(request: Request) -> Resolved:
+    """A config of which all but the critic is checked: that is not there yet."""
+    handed = replace(request, critic_checkpoint=_COMING)
+    try:
+        return handed.load()
+    except ConfigError as error:
+        others = [problem for problem in error.problems if problem.key != _CRITIC]
+        if others:
+            raise ConfigError(str(request.config_path), others) from None
+        return handed.load(checks=False)
 
+
+def _needs_critic(stage: str) -> bool:
     return stage in stage_names() and training_class(stage).needs_critic
+
+
+def _makes_critic(stage: str) -> bool:
+    return stage in stage_names() and training_class(stage).has_value_head and not _needs_critic(stage)
 
 
 def run_pipeline(
@@ -83,14 +121,13 @@ def run_pipeline(
         UserError: if a config is wrong; nothing was started then.
     """
     steps = plan_pipeline(requests)
-    critic: str | None = None
+    maker: Step | None = None
     parent: str | None = None
     complete: list[Path] = []
     for step in steps:
-        training = step.resolved.config.training
         request = step.request
-        if training.needs_critic and critic is not None:
-            request = replace(request, critic_checkpoint=critic)
+        if step.resolved.config.training.needs_critic and maker is not None:
+            request = replace(request, critic_checkpoint=maker.critic_for(step))
         fingerprint = json.dumps({"config": step.resolved.hash(), "critic": request.critic_checkpoint})
         done = read_summary(step.folder)
         if reuse and done.get("completed") and done.get("pipeline") == fingerprint:
@@ -107,8 +144,7 @@ def run_pipeline(
                 return code or 1, complete
             write_summary(step.folder, pipeline=fingerprint)
         complete.append(step.folder)
-        if training.has_value_head and not training.needs_critic:
-            critic = critic_of(step.folder)
+        maker = step if step.makes_critic else maker
     return 0, complete
 
 
@@ -122,7 +158,7 @@ def critic_of(folder: Path) -> str:
     if not exported.is_dir():
         raise RunError(f"{folder} has no {BEST}: train the critic with checkpoint.save_best = true.")
     run_id = read_summary(folder).get("mlflow_run_id")
-    return f"runs:/{run_id}/{BEST}" if run_id else str(exported)
+    return f"runs:/{run_id}/checkpoints/{BEST}" if run_id else str(exported)
 
 
 def _start_parent(resolved: Resolved, name: str, say: Callable[[str], None]) -> str | None:
@@ -130,8 +166,10 @@ def _start_parent(resolved: Resolved, name: str, say: Callable[[str], None]) -> 
     config = resolved.config.mlflow
     if not config.tracking_uri:
         return None
-    if config.parent_run_id:
-        return config.parent_run_id
+    # Under `mlflow run` the run that it made is the parent; its stages must not all write to it.
+    given = config.parent_run_id or os.environ.pop("MLFLOW_RUN_ID", "")
+    if given:
+        return given
     from wmtp_ds import mlflow_client
 
     try:

@@ -1,18 +1,18 @@
 """Pictures of runs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from wmtp_ds.tracking_state import read_metrics
+
 
 def read_series(metrics_file: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric in a run's ``metrics.jsonl``; later lines of the same step win."""
-    series: dict[int, float] = {}
-    for line in metrics_file.read_text().splitlines():
-        record = json.loads(line)
-        if name in record["metrics"]:
-            series[int(record["step"])] = float(record["metrics"][name])
-    return sorted(series), [series[step] for step in sorted(series)]
+    """Steps and values of a metric in a run's ``metrics.jsonl``; later lines of the same step win.
+
+    A line that a crash cut short is left out.
+    """
+    series = {step: metrics[name] for step, metrics in read_metrics(metrics_file).items() if name in metrics}
+    return list(series), list(series.values())
 
 
 def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
@@ -41,5 +41,5 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     for axis in axes.flat[len(runs) :]:
         axis.remove()
     figure.tight_layout()
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)

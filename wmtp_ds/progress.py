@@ -19,7 +19,7 @@ class Display:
 
     def __init__(self, enabled: bool, total_steps: int):
         self.total_steps = total_steps
-        self._console = Console(file=sys.stderr, quiet=not enabled, soft_wrap=True, highlight=False)
+        self._console = Console(file=sys.stderr, quiet=not enabled, soft_wrap=True, highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._first: tuple[float, int] | None = None

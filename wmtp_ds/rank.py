@@ -6,7 +6,8 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import click
 
@@ -27,7 +28,28 @@ from wmtp_ds.signals import die_with_parent
 _LAST_WORD_SECONDS = 20
 
 
-@click.command(epilog="Example: deepspeed bin/train_stage.py --stage rho1 --num_gpus 4")
+class _RankCommand(click.Command):
+    """Wrong usage is said by one rank of each node, as all else that is wrong; Ctrl-C ends with 130."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.ClickException as error:
+            _leave(error.show, error.exit_code)
+        except click.Abort:
+            sys.exit(130)
+
+
+def _leave(say: Callable[[], None], code: int) -> NoReturn:
+    """Leave with ``code`` once local rank 0 has said why; the launcher then ends the others."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ:
+        time.sleep(_LAST_WORD_SECONDS)
+    else:
+        say()
+    sys.exit(code)
+
+
+@click.command(cls=_RankCommand, epilog="Example: deepspeed bin/train_stage.py --stage rho1 --num_gpus 4")
 @train_options
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, help="The launcher prepends it.")
 def main(local_rank: int | None, **typed: Any) -> None:
@@ -41,11 +63,8 @@ def main(local_rank: int | None, **typed: Any) -> None:
             os.execve(command[0], command, environment)
         sys.exit(0 if action == "leave" or place is None else train_rank(request, place))
     except UserError as error:
-        if place is not None and place.local_rank != 0:
-            time.sleep(_LAST_WORD_SECONDS)
-        else:
-            click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        message = f"error: {error}"
+        _leave(lambda: click.echo(message, err=True), error.exit_code)
 
 
 def train_rank(request: Request, place: Place) -> int:

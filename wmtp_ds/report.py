@@ -42,6 +42,11 @@ def print_table(folders: Sequence[Path]) -> None:
 
 
 def figure_of(folders: Sequence[Path], picture: Path) -> None:
-    """The loss curves of several runs in one PNG."""
+    """The loss curves of several runs in one PNG, each under its stage; under its folder where two share a stage."""
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_losses({str(read_summary(folder)["stage"]): folder / METRICS_FILE for folder in folders}, picture)
+    stages = [str(read_summary(folder)["stage"]) for folder in folders]
+    titles = [
+        stage if stages.count(stage) == 1 else f"{stage}: {folder.name}"
+        for stage, folder in zip(stages, folders, strict=True)
+    ]
+    plot_losses({title: folder / METRICS_FILE for title, folder in zip(titles, folders, strict=True)}, picture)

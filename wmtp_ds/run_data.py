@@ -69,6 +69,11 @@ def open_data(resolved: Resolved, world_size: int) -> RunData:
         UserError: for malformed or empty data, or rows of a kind that is needed and not there.
     """
     config = resolved.config
+    if config.models.reward.source != "is_correct":
+        raise UserError(
+            'models.reward.source: "model" is not available yet; rewards come from the data\'s is_correct. '
+            'Set models.reward.source = "is_correct".'
+        )
     tokenizer = load_tokenizer(Path(config.models.policy.tokenizer_path))
     train = build_index(Path(config.dataset.train))
     validation = build_index(Path(config.dataset.validation))

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints, verify_manifest
 from wmtp_ds.errors import UserError
 
 SUMMARY = "run.json"
+# What tells a run's folder from any other one: a folder without these is never moved aside.
+_SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
 
 
 class RunFolder:
@@ -21,15 +24,29 @@ class RunFolder:
         resume: "auto", "never", or the path of a checkpoint or of a run's folder.
 
     Raises:
-        UserError: if another process trains there, or the checkpoint to resume from is not there or damaged.
+        UserError: if the folder is not a run's, or the checkpoint to resume from is not there.
     """
 
     def __init__(self, root: Path, resume: str):
         self.root = root
         self.resume = resume
         self._lock: TextIO | None = None
+        self._check_root()
         if resume not in ("auto", "never"):
             self._check_source(Path(resume))
+
+    def _check_root(self) -> None:
+        """A run that starts anew moves an earlier run aside; it must never move anything else."""
+        try:
+            foreign = self.root.is_dir() and any(not path.name.startswith(".") for path in self.root.iterdir())
+        except OSError as error:
+            raise UserError(f"checkpoint.save_dir: cannot read {self.root}: {error}") from None
+        if Path.cwd().is_relative_to(self.root.resolve()):
+            raise UserError(f"checkpoint.save_dir: {self.root} holds the current directory. Give each run its own.")
+        if foreign and not any((self.root / name).exists() for name in _SIGNS) and not Checkpoints(self.root).steps():
+            raise UserError(
+                f"checkpoint.save_dir: {self.root} holds other files, but no run. Give each run a folder of its own."
+            )
 
     def _check_source(self, source: Path) -> None:
         if not source.is_dir():
@@ -61,8 +78,7 @@ class RunFolder:
         Only the main rank calls this.
         """
         earlier = [path for path in self.root.iterdir() if path.name != ".lock"]
-        resumes_here = self.resume == "auto" or Path(self.resume).resolve().is_relative_to(self.root.resolve())
-        if not earlier or (self.resume != "never" and resumes_here):
+        if not earlier or self._goes_on_here():
             return
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}.{number}")).exists():
@@ -75,19 +91,30 @@ class RunFolder:
             hint = f" It was not finished; to go on with it instead: --resume {aside}"
         say(f"the earlier run in {self.root} was moved to {aside}.{hint}")
 
+    def _goes_on_here(self) -> bool:
+        if self.resume == "auto":
+            return bool(Checkpoints(self.root).steps())
+        return self.resume != "never" and Path(self.resume).resolve().is_relative_to(self.root.resolve())
+
     def source(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> Path | None:
         """The checkpoint to resume from, the same on every rank (all must call); None to start anew.
 
         Raises:
-            UserError: if the one that was named is damaged, or none in the folder that was named is sound.
+            UserError: if the one that was named is damaged, or there are checkpoints and none is sound.
         """
         if self.resume == "never":
             return None
         if self.resume == "auto":
-            return checkpoints.newest(warn)
+            newest = checkpoints.newest(warn)
+            if newest is None and checkpoints.steps():
+                raise UserError(
+                    f"--resume auto: every checkpoint in {self.root} is damaged. --resume never starts anew; "
+                    "the earlier run is moved aside then."
+                )
+            return newest
         named = Path(self.resume)
         if named.name.startswith("step_"):
-            problem = verify_manifest(named)
+            problem = distributed.broadcast_object(verify_manifest(named) if distributed.is_main() else None)
             if problem is not None:
                 raise UserError(f"--resume {named}: the checkpoint is damaged: {problem}. Take another one.")
             return named
@@ -104,12 +131,12 @@ class RunFolder:
 
 
 def read_summary(root: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run's folder says; empty if there is none."""
+    """What ``run.json`` of a run's folder says; empty if there is none, or it is damaged."""
     try:
-        summary: dict[str, Any] = json.loads((root / SUMMARY).read_text())
-        return summary
+        summary = json.loads((root / SUMMARY).read_text())
     except (OSError, ValueError):
         return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def write_summary(root: Path, **fields: Any) -> None:

@@ -80,7 +80,7 @@ class Tracker:
         for name, value in metrics.items():
             try:
                 values[name] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 if not self._warned_value:
                     self._warned_value = True
                     logger.warning("the metric %s is no number (%s): left out", name, type(value).__name__)

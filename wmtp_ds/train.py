@@ -109,10 +109,15 @@ class Training:
         finally:
             self.display.close()
             if self.tracker is not None:
-                self.tracker.finish(status)
+                self._end_tracking(status)
             self.engine.close()
             if self.reference is not None:
                 self.reference.close()
+
+    def _end_tracking(self, status: str) -> None:
+        assert self.tracker is not None
+        # After a signal there is little time before the process is killed; `track sync` sends what is left.
+        self.tracker.finish(status, timeout=10.0 if status == "KILLED" else 30.0)
 
     def _loop(self, interruption: Interruption, stack: ExitStack) -> int:
         """Optimizer steps until the end; returns the signal that interrupted them, or 0."""
@@ -213,7 +218,7 @@ class Training:
         facts = {"step": self.progress.step, "stage": self.config.experiment.stage, "mlflow_run_id": run_id}
         path = self.exporter.write(name, facts | self.validation | {"train/loss": self.progress.last_loss})
         if self.tracker is not None and name == BEST:
-            self.tracker.log_artifact(path)
+            self.tracker.log_artifact(path, "checkpoints")
 
     # --- checkpoints ---
 

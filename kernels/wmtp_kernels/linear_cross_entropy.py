@@ -11,7 +11,7 @@ Rows are taken a chunk at a time: the logits of a chunk are turned into ``g`` in
 once, *during forward*, so nothing is computed twice: 6·N·D·V operations in all, and one chunk of logits as memory.
 Backward multiplies the gradients by what flows in. Four choices about rounding, in 16-bit dtypes:
 
-- ``∂L/∂W`` is summed over chunks in float32 and cast once, in backward;
+- ``∂L/∂W`` is a float32 product of each chunk, summed in float32 and cast once, in backward;
 - the scale ``s_r`` is kept out of ``g_r``. Its rounding would be the same for every row of equal weight, a bias
   that does not average out; on ``s_r h_r`` it differs from element to element and does;
 - of the scales, which are as small as 1 over the number of tokens, a common power of two waits for backward. There a
@@ -101,6 +101,7 @@ def reference_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Ten
         logits_RV = _logits(hidden_ND[rows_R], weight_VD)
         at_target_R = logits_RV.gather(-1, targets_N[rows_R, None]).squeeze(-1)
         losses_N[rows_R] = _log_sum_exp_(logits_RV)[1] - at_target_R
+        del logits_RV  # before the next chunk's are made
     return losses_N
 
 
@@ -139,11 +140,14 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows_R] = ((grad_RV @ weight_VD).to(exact) * scales_R1).to(hidden_ND.dtype)
             if grad_weight_VD is not None:
-                scaled_RD = (hidden_RD.to(exact) * scales_R1).to(hidden_ND.dtype)
-                if scaled_RD.dtype == exact:
-                    grad_weight_VD.addmm_(grad_RV.T, scaled_RD)
+                scaled_RD = hidden_RD.to(exact) * scales_R1
+                if grad_RV.is_cuda and grad_RV.dtype != exact:
+                    # Tensor cores take 16-bit factors, and need not round their product to 16 bits.
+                    product_VD = torch.mm(grad_RV.T, scaled_RD.to(grad_RV.dtype), out_dtype=exact)
+                    grad_weight_VD.add_(product_VD)
                 else:
-                    grad_weight_VD.add_(grad_RV.T @ scaled_RD)
+                    grad_weight_VD.addmm_(logits_RV.T, scaled_RD)
+            del logits_RV, grad_RV  # before the next chunk's are made
         # Kept as attributes, not through save_for_backward: they are results, used once and then given away.
         ctx.gradients = (grad_hidden_ND, grad_weight_VD)
         ctx.power, ctx.dtype = power, hidden_ND.dtype

@@ -1,8 +1,6 @@
 """Files that a configuration names and that do not fit: models, tokenizers, critics, DeepSpeed's JSON, data."""
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,14 +276,14 @@ def test_critic_that_does_not_fit(workspace, changes, says):
         ("nowhere", "nowhere does not exist"),
         ("data", "data holds no value_head.safetensors"),
         ("ds/zero3.json", "neither a folder nor value_head.safetensors nor a .pt"),
-        ("s3://bucket/critic", "s3: URIs are not accepted"),
-        ("run:/abc/critic", "run: URIs are not accepted"),
-        ("runs:/abc", "runs:/abc is not of the form runs:/<run_id>/<path>"),
-        ("mlflow://1/abc/critic", "is not of the form mlflow://<experiment_id>/<run_id>/artifacts/<path>"),
-        ("runs:/abc/../other/critic", "leaves its run's artifacts"),
-        ("runs:/abc/%2e%2e/critic", "leaves its run's artifacts"),
-        ("mlflow://1/abc/artifacts/a/..", "leaves its run's artifacts"),
-        ("mlflow-artifacts:/a/../../b", "leaves its run's artifacts"),
+        ("s3://bucket/critic", "has a scheme that is not known here"),
+        ("run:/abc/critic", "has a scheme that is not known here"),
+        ("runs:/abc", "'runs:/abc' is no artifact of a run"),
+        ("mlflow://1/abc/critic", "'mlflow://1/abc/critic' is no artifact of a run"),
+        ("runs:/abc/../other/critic", "has an empty segment, '.' or '..'"),
+        ("runs:/abc/%2e%2e/critic", "has an empty segment, '.' or '..'"),
+        ("mlflow://1/abc/artifacts/a/..", "has an empty segment, '.' or '..'"),
+        ("mlflow-artifacts:/a/../../b", "has an empty segment, '.' or '..'"),
         ("mlflow-artifacts:/a/b", "needs a tracking server, but mlflow.tracking_uri is none"),
     ],
 )
@@ -325,7 +323,7 @@ def test_online_asks_for_the_artifact_and_checks_what_it_gets(workspace, monkeyp
             raise UserError(f"{uri}: no such artifact")
         return workspace.path("fetched/value_head.safetensors")
 
-    monkeypatch.setitem(sys.modules, "wmtp_ds.handoff", types.SimpleNamespace(locate_critic=locate_critic))
+    monkeypatch.setattr("wmtp_ds.config.check_critic.locate_critic", locate_critic)
     for name, says in (("gone", "runs:/abc/gone: no such artifact"), ("here", "runs:/abc/here has hidden size 8")):
         workspace.write_config(
             "verifiable", ('"critic"', f'"runs:/abc/{name}"'), ('uri = ""', 'uri = "http://localhost:1"')
@@ -352,11 +350,11 @@ def test_critic_file_that_is_none(workspace, content):
     assert "critic/value_head.safetensors" in problem.message
 
 
-def test_parent_of_an_export_is_pointed_at_it(workspace):
-    workspace.write_critic("runs/checkpoint_best/value_head.safetensors")
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(workspace):
+    workspace.write_critic("runs/checkpoint_best/value_head.safetensors", hidden=8)
     workspace.write_config("verifiable", ('"critic"', '"runs"'))
     (problem,) = workspace.problems()
-    assert problem.mend == "give runs/checkpoint_best"
+    assert problem.message.startswith("runs/checkpoint_best/value_head.safetensors has hidden size 8")
 
 
 def test_pt_files_and_bare_heads_are_accepted(workspace):
@@ -494,6 +492,15 @@ def test_reward_model_must_classify(workspace):
     assert "is a LlamaForCausalLM, not a sequence-classification model" in problem.message
     workspace.edit_json("models/reward/config.json", architectures=["LlamaForSequenceClassification"])
     assert workspace.load().config.models.reward.source == "model"
+
+
+def test_sequences_longer_than_the_policy_knows_are_a_warning(workspace):
+    workspace.edit_json("models/policy/config.json", max_position_embeddings=1024)
+    workspace.write_config("baseline")
+    (warning,) = workspace.load().warnings
+    assert (warning.key, warning.severity) == ("dataset.max_length", "warning")
+    assert "is 2048, but models/policy/config.json says positions up to 1024" in warning.message
+    assert workspace.load("dataset.max_length=1024").warnings == []
 
 
 def test_a_shared_vocabulary_may_be_written_differently(workspace):

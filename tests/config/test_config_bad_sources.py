@@ -205,6 +205,27 @@ def test_bad_variable(workspace, name):
     assert mend in problem.mend
 
 
+def test_every_unknown_variable_and_override_is_named_even_if_they_share_a_table(workspace):
+    workspace.write_config("baseline", append="[traning]\na = 1\nb = 2\n")
+    found = workspace.problems(
+        "traning.x=1",
+        "traning.y=1",
+        "value_head.type=mlp",
+        "value_head.activation=none",
+        environ={"WMTP_TRANING__Z": "1", "WMTP_FOO__A": "1", "WMTP_FOO__B": "1"},
+    )
+    assert sorted((problem.key, problem.origin) for problem in found) == [
+        ("foo", "environment variable WMTP_FOO__A"),
+        ("foo", "environment variable WMTP_FOO__B"),
+        ("traning", "--override traning.x=1"),
+        ("traning", "--override traning.y=1"),
+        ("traning", "environment variable WMTP_TRANING__Z"),
+        ("traning", workspace.line("[traning]")),
+        ("value_head", "--override value_head.activation=none"),
+        ("value_head", "--override value_head.type=mlp"),
+    ]
+
+
 def test_the_error_lists_everything_in_readable_form(workspace):
     workspace.write_config("baseline", ("batch_size = 2", "batch_size = 0"))
     with pytest.raises(ConfigError) as caught:

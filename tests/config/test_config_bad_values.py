@@ -142,14 +142,14 @@ CASES = {
         "models.reference",
         "belongs to stage rho1, not to baseline",
         append='[models.reference]\npath = "m/r"\n',
-        at='path = "m/r"',
+        at="[models.reference]",
         stage="baseline",
     ),
     "value head elsewhere": Case(
         "value_head",
         "belongs to stages critic and verifiable",
         append='[value_head]\ntype = "mlp"\n',
-        at='type = "mlp"',
+        at="[value_head]",
         stage="baseline",
     ),
     "variance elsewhere": Case(
@@ -403,7 +403,7 @@ CASES = {
         "models.reward",
         "belongs to stages critic and verifiable",
         append='[models.reward]\nsource = "model"\n',
-        at="source =",
+        at="[models.reward]",
         stage="rho1",
     ),
     "float16 on a CPU": Case(

@@ -130,6 +130,7 @@ def test_a_list_item_can_be_set_by_a_variable_as_json_too(workspace):
         ("experiment.name=1e5", "experiment.name", "1e5"),
         ('experiment.name="quoted"', "experiment.name", "quoted"),
         ("experiment.name='quoted'", "experiment.name", "quoted"),
+        ('dataset.name="\\ud83d\\ude00"', "dataset.name", "\U0001f600"),
         ("experiment.description=a = b, [c]", "experiment.description", "a = b, [c]"),
         ("experiment.description=true", "experiment.description", "true"),
         ("experiment.description=", "experiment.description", ""),

@@ -74,7 +74,7 @@ def value_loss(values: Tensor, start: int, reward: float, cfg) -> list[Tensor]:
 
 
 def weighted_mean(parts: list[list[dict[int, Tensor]]], weights) -> Tensor:
-    """(1/n) Σ_k (1/M_k) Σ w·CE; ``weights(sequence, head, target position)``, M_k the targets that ``weights`` keeps."""
+    """(1/n) Σ_k (1/M_k) Σ w·CE; ``weights(sequence, head, target)`` is None where M_k does not count."""
     n = len(parts[0])
     total = torch.zeros(())
     for k in range(n):
@@ -96,7 +96,7 @@ def rho1_loss(policy, reference, sequences, groups: list[list[int]], cfg) -> Ten
     chosen: set[tuple[int, int, int]] = set()
     for group in groups if cfg.selection_scope == "batch" else [[s] for s in range(len(sequences))]:
         for k in range(len(parts[0])):
-            found = [(s, j, float(parts[s][k][j]) - scores[s][j]) for s in group for j in parts[s][k]]
+            found = [(s, j, parts[s][k][j].item() - scores[s][j]) for s in group for j in parts[s][k]]
             count = int((Decimal(str(cfg.k_percent)) * len(found)).to_integral_value(ROUND_CEILING))
             for s, j, _ in sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))[:count]:
                 chosen.add((s, k, j))

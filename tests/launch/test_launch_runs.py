@@ -45,10 +45,10 @@ def job(stage: str, folder: str, *more: str, **keywords: object) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(workspace: Path) -> Path:
-    """Each stage trained straight through, and once more interrupted and resumed; verifiable takes the critic's URIs."""
+    """Each stage trained straight through, and again interrupted and resumed; verifiable takes the critic's URIs."""
     first = [job("critic", "critic", "checkpoint.save_checkpoint_every=0.2", "checkpoint.save_total_limit=2")]
     start(workspace, first, 2)
-    artifact = f"runs:/{run_id(workspace, 'critic')}/checkpoint_best"
+    artifact = f"runs:/{run_id(workspace, 'critic')}/checkpoints/checkpoint_best"
     jobs = []
     for stage in STAGES:
         more = [f'experiment.critic_checkpoint="{artifact}"'] if stage == "verifiable" else []
@@ -58,7 +58,9 @@ def runs(workspace: Path) -> Path:
             more = ["checkpoint.save_checkpoint_every=0.2", "checkpoint.save_total_limit=2"]
         jobs.append(job(stage, f"{stage}-resumed", *more, stop_after=STOP))
         jobs.append(job(stage, f"{stage}-resumed", *more, resume="auto"))
-    other_form = f"mlflow://{experiment_id(workspace)}/{run_id(workspace, 'critic')}/artifacts/checkpoint_best"
+    other_form = (
+        f"mlflow://{experiment_id(workspace)}/{run_id(workspace, 'critic')}/artifacts/checkpoints/checkpoint_best"
+    )
     jobs.append(job("verifiable", "verifiable-uri", f'experiment.critic_checkpoint="{other_form}"'))
     # Started anew where a run has been: the earlier one moves aside.
     jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=2"))
@@ -149,7 +151,7 @@ def test_what_is_tracked(runs: Path, stage: str) -> None:
         assert found["rho1/selected_ratio"] == pytest.approx(0.6, abs=0.02)
     assert expected <= found.keys()
     names = {artifact.path for artifact in client(runs).list_artifacts(tracked.info.run_id)}
-    assert names == {"config.toml", "checkpoint_best", "plots"}
+    assert names == {"config.toml", "checkpoints", "plots"}
 
 
 def test_the_critic_keeps_two_checkpoints_and_exports_no_trunk(runs: Path) -> None:

@@ -73,7 +73,8 @@ def global_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """δ and decisions of 8 sequences, at least one decision."""
     length = draw(st.integers(1, 5))
     n = 8 * length
-    deltas = torch.tensor(draw(st.lists(st.floats(-1, 1, width=32), min_size=n, max_size=n))).view(8, length)
+    # Multiples of 1/64: sums of them are exact, so that equal ones deviate by nothing at all.
+    deltas = torch.tensor(draw(st.lists(st.integers(-64, 64), min_size=n, max_size=n))).view(8, length) / 64
     mask = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n))).view(8, length)
     mask[draw(st.integers(0, 7)), 0] = True
     return deltas.double(), mask
@@ -89,8 +90,6 @@ modes = pytest.mark.parametrize(
 @given(global_batches(), st.floats(0.05, 3))
 def test_weights_match_the_formula(zscore, mean1, case, beta):
     deltas, mask = case
-    if zscore and 0 < statistics.pstdev(deltas[mask].tolist()) < 1e-6:
-        return  # the quotient of two roundings
     found = constants([deltas], [mask], beta=beta, zscore=zscore, mean1=mean1)
     weights = found.weights(deltas, beta, 0.1, 5.0)[mask]
     expected = weights_oracle(deltas[mask].tolist(), beta, 0.1, 5.0, zscore, mean1)

@@ -49,9 +49,7 @@ def import_() -> None:
     """Import data from its own format, with labels earned by running."""
 
 
-@import_.command(
-    epilog="Example: wmtp-ds data import mbpp --input mbpp.jsonl --output storage/data/mbpp --mutants 4"
-)
+@import_.command(epilog="Example: wmtp-ds data import mbpp --input mbpp.jsonl --output storage/data/mbpp --mutants 4")
 @click.option(
     "--input",
     "source",
@@ -121,9 +119,24 @@ def mbpp(
         _tell_runs(summary[name])
 
 
+def _warn_of_weak_sandbox() -> None:
+    from wmtp_ds.data.sandbox import sandbox_kind
+
+    lacking = {
+        "namespaces": "the code can read this machine's files, as far as its user may",
+        "plain": "the code can reach the network and this machine's files, as far as its user may",
+    }.get(sandbox_kind())
+    if lacking:
+        click.echo(
+            f"warning: the sandbox is '{sandbox_kind()}': {lacking}. Install bubblewrap for a stronger one "
+            "(Debian, Ubuntu: apt-get install bubblewrap).",
+            err=True,
+        )
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[tuple[Any, Any]]:
-    """Two functions, to set the total and to count one: a bar on a terminal, a line now and then elsewhere."""
+    """Two functions, to set the total and to count: a bar on a terminal, a line now and then elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -136,13 +149,14 @@ def _progress(what: str) -> Iterator[tuple[Any, Any]]:
         def start(count: int) -> None:
             nonlocal total
             total = count
+            _warn_of_weak_sandbox()
             progress.update(task, total=count)
 
-        def advance(index: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
-            done += 1
-            progress.advance(task)
-            if not console.is_terminal and done * 4 // total > (done - 1) * 4 // total:
+            done += count
+            progress.advance(task, count)
+            if not console.is_terminal and done * 4 // total > (done - count) * 4 // total:
                 click.echo(f"{what}: {done} of {total} problems", err=True)
 
         yield start, advance

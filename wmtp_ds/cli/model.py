@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 
-@click.group()
+@click.group(epilog="Example: wmtp-ds model micro")
 def model() -> None:
     """Make models."""
 
@@ -52,16 +52,19 @@ def micro(
     from wmtp_ds.models.micro import make_micro_models
 
     policy, reference = output / "micro-policy", output / "micro-reference"
-    sizes = make_micro_models(
-        data=data,
-        policy=policy,
-        reference=reference,
-        vocab_size=vocab_size,
-        n_future_tokens=n_future_tokens,
-        hidden_size=hidden_size,
-        trunk_layers=trunk_layers,
-        seed=seed,
-    )
+    try:
+        sizes = make_micro_models(
+            data=data,
+            policy=policy,
+            reference=reference,
+            vocab_size=vocab_size,
+            n_future_tokens=n_future_tokens,
+            hidden_size=hidden_size,
+            trunk_layers=trunk_layers,
+            seed=seed,
+        )
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error}") from None
     if as_json:
         click.echo(json.dumps({str(folder): size for folder, size in zip((policy, reference), sizes, strict=True)}))
         return

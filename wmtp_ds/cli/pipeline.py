@@ -1,7 +1,9 @@
 """``wmtp-ds pipeline``: several stages, one command."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,26 +28,42 @@ def pipeline(
     as_json: bool,
 ) -> int:
     """Train the stages of CONFIGS in order; a critic among them is handed to the stage that needs one."""
-    from wmtp_ds.config import load_config
     from wmtp_ds.launch import Request
     from wmtp_ds.pipeline import run_pipeline
     from wmtp_ds.report import figure_of, print_table, results
 
     requests = [
-        Request(
-            stage=load_config(path, override, checks=False).config.experiment.stage,
-            config=path,
-            num_gpus=num_gpus,
-            device=device,
-            override=override,
-        )
-        for path in configs
+        Request(stage=stage, config=path, num_gpus=num_gpus, device=device, override=override)
+        for path, stage in zip(configs, _stages(configs, override), strict=True)
     ]
     code, folders = run_pipeline(requests, name=name, reuse=reuse, say=lambda text: click.echo(text, err=True))
     if figure is not None and folders:
         figure_of(folders, figure)
     if as_json:
-        click.echo(json.dumps(results(folders), indent=2))
+        click.echo(json.dumps([_strict(result) for result in results(folders)], indent=2))
     else:
         print_table(folders)
     return code
+
+
+def _stages(configs: tuple[Path, ...], override: tuple[str, ...]) -> list[str]:
+    """The stage of each config; all that is wrong with any of them in one message."""
+    from wmtp_ds.config import ConfigError, load_config
+    from wmtp_ds.errors import UserError
+
+    stages, problems = [], []
+    for path in configs:
+        try:
+            stages.append(load_config(path, override, checks=False).config.experiment.stage)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return stages
+
+
+def _strict(result: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities, which JSON has not, as null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()
+    }

@@ -2,32 +2,20 @@
 
 import json
 import os
-import re
 import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from wmtp_ds.config.context import Check, Context
-from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.errors import UserError
+from wmtp_ds.handoff import BEST_FOLDER, VALUE_HEAD_FILE, CriticUri, locate_critic, parse_critic_uri
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 
 KEY = "experiment.critic_checkpoint"
 
-_FILE = "value_head.safetensors"
 _HEADER_LIMIT = 100 * 2**20  # safetensors' own
-_RUN_ID = r"[A-Za-z0-9_-]+"
-_FORMS = {
-    "runs": (re.compile(rf"runs:/(?P<run>{_RUN_ID})/(?P<path>.+)"), "runs:/<run_id>/<path>"),
-    "mlflow-artifacts": (re.compile(r"mlflow-artifacts:/(//[^/]+/|/?)(?P<path>[^/].*)"), "mlflow-artifacts:/<path>"),
-    "mlflow": (
-        re.compile(rf"mlflow://(?P<experiment>[0-9A-Za-z_-]+)/(?P<run>{_RUN_ID})/artifacts/(?P<path>.+)"),
-        "mlflow://<experiment_id>/<run_id>/artifacts/<path>",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -46,13 +34,17 @@ def check_critic(context: Context, *, online: bool = False) -> None:
     text = context.get(KEY)
     if not isinstance(text, str):
         return
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
-        if _check_uri(context, text) and online:
-            _check_online(context, text)
+    try:
+        uri = parse_critic_uri(text)
+    except UserError as error:
+        _report(context, error)
         return
-    file = _locate(context, os.path.expanduser(text))
-    if file and file.endswith(".safetensors"):
-        _check_head(context, file)
+    if uri.kind == "path":
+        file = _locate(context, os.path.expanduser(uri.path))
+        if file:
+            _check_head(context, file)
+    elif _check_store(context, uri) and online:
+        _check_online(context, text)
 
 
 def check_critic_online(context: Context) -> None:
@@ -60,45 +52,34 @@ def check_critic_online(context: Context) -> None:
     check_critic(context, online=True)
 
 
-def _check_uri(context: Context, uri: str) -> bool:
-    scheme = uri.partition(":")[0].lower()
-    accepted = ", ".join(form for _, form in _FORMS.values())
-    if scheme not in _FORMS:
-        mend = did_you_mean(scheme, _FORMS) or f"give a folder, a file, or one of {accepted}"
-        context.report(KEY, f"{scheme}: URIs are not accepted", mend)
-        return False
-    pattern, form = _FORMS[scheme]
-    match = pattern.fullmatch(uri)
-    if not match:
-        context.report(KEY, f"{uri} is not of the form {form}", f"write {form}")
-        return False
-    if ".." in unquote(unquote(match["path"])).replace("\\", "/").split("/"):
-        context.report(KEY, f"{uri} leaves its run's artifacts by '..'", "give the artifact's path without '..'")
-        return False
+def _report(context: Context, error: UserError) -> None:
+    """Pass on what the handoff says, whose messages end in a remedy."""
+    message, _, mend = str(error).partition("\n  Mend: ")
+    context.report(KEY, message, mend or _how_to_train(context))
+
+
+def _check_store(context: Context, uri: CriticUri) -> bool:
+    """Tracking is set up in a way that can have the artifact."""
     tracking = context.get("mlflow.tracking_uri")
+    where = context.origin("mlflow.tracking_uri")
     if tracking == "":
-        where = context.origin("mlflow.tracking_uri")
-        message = f'{uri} cannot be looked up: mlflow.tracking_uri is "" ({where})'
+        message = f'{uri.text} cannot be looked up: mlflow.tracking_uri is "" ({where})'
         context.report(KEY, message, "set mlflow.tracking_uri, or give the critic as a folder")
         return False
-    if scheme == "mlflow-artifacts" and tracking and not tracking.startswith(("http://", "https://")):
-        where = context.origin("mlflow.tracking_uri")
-        message = f"mlflow-artifacts:/ needs a tracking server, but mlflow.tracking_uri is none ({where})"
+    if uri.kind == "mlflow-artifacts" and tracking and not tracking.startswith(("http://", "https://")):
+        message = f"{uri.text} needs a tracking server, but mlflow.tracking_uri is none ({where})"
         context.report(KEY, message, "set mlflow.tracking_uri to the server's http:// address, or use runs:/")
         return False
-    return True
+    return tracking is not None
 
 
 def _check_online(context: Context, uri: str) -> None:
-    from wmtp_ds.handoff import locate_critic  # imports mlflow
-
     with tempfile.TemporaryDirectory(prefix="wmtp-critic-") as folder:
         try:
             file = locate_critic(uri, tracking_uri=context.get("mlflow.tracking_uri"), cache_dir=Path(folder))
         except UserError as error:
-            context.report(KEY, str(error), "check the run and the artifact's path in MLflow")
-            return
-        if file.name.endswith(".safetensors"):
+            _report(context, error)
+        else:
             _check_head(context, str(file), shown=uri)
 
 
@@ -110,18 +91,19 @@ def _how_to_train(context: Context) -> str:
 
 
 def _locate(context: Context, path: str) -> str | None:
-    """The file that holds the value head: a safetensors file, or a .pt."""
+    """The file that holds the value head, as `locate_critic` finds it, but with the command that makes it."""
     if os.path.isdir(path):
-        file = os.path.join(path, _FILE)
-        if os.path.isfile(file):
-            return file
-        inside = [name for name in ("checkpoint_best", "checkpoint_final") if os.path.isdir(os.path.join(path, name))]
-        mend = f"give {os.path.join(path, inside[0])}" if inside else _how_to_train(context)
-        context.report(KEY, f"{path} holds no {_FILE}", mend)
-    elif not os.path.exists(path):
+        candidates = [os.path.join(path, *below, VALUE_HEAD_FILE) for below in ((), (BEST_FOLDER,))]
+        found = next((file for file in candidates if os.path.isfile(file)), None)
+        if found is None:
+            message = f"{path} holds no {VALUE_HEAD_FILE}, nor does a {BEST_FOLDER}/ in it"
+            context.report(KEY, message, _how_to_train(context))
+        return found
+    if not os.path.exists(path):
         context.report(KEY, f"{path} does not exist", _how_to_train(context))
     elif not path.endswith((".safetensors", ".pt")):
-        context.report(KEY, f"{path} is neither a folder nor {_FILE} nor a .pt", "give the folder of an export")
+        message = f"{path} is neither a folder nor {VALUE_HEAD_FILE} nor a .pt"
+        context.report(KEY, message, "give the folder of an export")
     elif os.path.getsize(path) == 0:
         context.report(KEY, f"{path} is empty", _how_to_train(context))
     else:
@@ -160,6 +142,8 @@ def read_head(path: str) -> Head:
 
 def _check_head(context: Context, path: str, shown: str | None = None) -> None:
     """Compare a value head with the policy and with ``value_head``, as far as each is known."""
+    if path.endswith(".pt"):
+        return  # only torch can read it
     name = shown or path
     try:
         head = read_head(path)

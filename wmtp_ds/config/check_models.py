@@ -39,6 +39,7 @@ def check_policy(context: Context) -> None:
     if shape:
         _check_weights(context, key, config, *shape)
     _check_tokenizer_fits(context, "policy", config)
+    _check_length(context, config)
 
 
 def check_reference(context: Context) -> None:
@@ -117,6 +118,14 @@ def _check_shape(context: Context, key: str, config: dict[str, Any]) -> tuple[in
             context.report(key, message, how_to_get_model(context.path(key) or ""))
             return None
     return int(blocks or 0), int(heads)
+
+
+def _check_length(context: Context, config: dict[str, Any]) -> None:
+    """Sequences are no longer than what the policy has seen positions for."""
+    positions, length = config.get("max_position_embeddings"), context.get("dataset.max_length")
+    if isinstance(positions, int) and isinstance(length, int) and length > positions:
+        message = f"is {length}, but {context.path('models.policy.path')}/config.json says positions up to {positions}"
+        context.warn("dataset.max_length", message, f"lower it to {positions}, or expect poor predictions beyond")
 
 
 def _tensors(context: Context, key: str) -> dict[str, tuple[int, ...]] | None:

@@ -196,7 +196,7 @@ def parse_value(text: str, path: KeyPath) -> Any:
         except (ValueError, RecursionError):
             pass
     try:
-        if text.startswith(("{", "[")):
+        if text.startswith(("{", "[", '"')):
             return json.loads(text)
         # Python's spelling of numbers, as in .5
         return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) else text

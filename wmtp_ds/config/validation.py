@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic.types import StringConstraints
 from pydantic_core import ErrorDetails
 
-from wmtp_ds.config.errors import Problem, did_you_mean, mask_secrets
+from wmtp_ds.config.errors import Origin, Problem, did_you_mean, mask_secrets
 from wmtp_ds.config.keys import (
     STAGE_KEYS,
     Declared,
@@ -66,16 +66,16 @@ class SchemaCheck:
         if self.stage is None:
             return
         for path, attribute in STAGE_KEYS.items():
-            found, value = look_up(self.layers.tree, path)
+            found, _ = look_up(self.layers.tree, path)
             if found and not getattr(training_class(self.stage), attribute):
-                self._refuse_stage_key(path, value)
+                for origin in self._setters(path):
+                    self._report(path, *self._other_stage(path), str(origin))
 
-    def _refuse_stage_key(self, path: KeyPath, value: Any) -> None:
-        # The header of a table and each of its keys belong together: one problem, at the first key that was set.
-        inner = next(iter(value), None) if isinstance(value, dict) else None
-        where = self._origin((*path, inner)) if inner is not None else self._origin(path)
-        message, mend = self._other_stage(path)
-        self._report(path, message, mend, where)
+    def _setters(self, path: KeyPath) -> list[Origin]:
+        """Who set a key or anything in it: a file's first line of it, every variable, every override."""
+        origins = [origin for key, origin in self.layers.origins.items() if key[: len(path)] == path]
+        filed = [origin for origin in origins if origin.layer in ("file", "extends")]
+        return [*filed[:1], *dict.fromkeys(o for o in origins if o.layer in ("environment", "override"))]
 
     def _other_stage(self, path: KeyPath) -> tuple[str, str]:
         owners = stages_with(path)
@@ -138,20 +138,22 @@ class SchemaCheck:
         if declared_at(path) and owners and self.stage:
             self._report(path, *self._other_stage(path))
             return
-        origin = self.layers.origin(path)
+        for origin in self._setters(path):
+            self._report(path, *self._unknown_key(path, origin), str(origin))
+
+    def _unknown_key(self, path: KeyPath, origin: Origin) -> tuple[str, str]:
+        """What is said of a key that the schema does not know, and what was probably meant."""
         holder = declared_at(path[:-1])
         names = list(fields_of(holder.type)) if holder and holder.is_table else []
         table = format_key(path[:-1])
         hint = self._suggest(path, names)
         if origin.layer == "environment":
             name = origin.where.split()[-1]
-            message = f"{name} names no key of the configuration"
             hint = f"did you mean {_variable(hint)}?" if hint else "unset it"
-        else:
-            message = "there is no such " + ("table" if len(path) == 1 else "key")
-            inside = f"[{table}] has" if table else "there are the tables"
-            hint = f'did you mean "{hint}"?' if hint else f"remove it; {inside} {', '.join(names)}"
-        self._report(path, message, hint)
+            return f"{name} names no key of the configuration", hint
+        message = "there is no such " + ("table" if len(path) == 1 else "key")
+        inside = f"[{table}] has" if table else "there are the tables"
+        return message, f'did you mean "{hint}"?' if hint else f"remove it; {inside} {', '.join(names)}"
 
     def _suggest(self, path: KeyPath, names: list[str]) -> str:
         """The key that was probably meant, dotted in full, or ""."""

@@ -18,6 +18,19 @@ from typing import Any, BinaryIO
 from wmtp_ds.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
+# The modules, by the beginning of their names, on which it depends what rows say.
+_DECIDING = (
+    "frames",
+    "harness",
+    "isolation",
+    "labelled_rows",
+    "labels",
+    "mbpp",
+    "mutate",
+    "problem",
+    "sample",
+    "sandbox",
+)
 
 
 def code_version() -> str:
@@ -28,9 +41,6 @@ def code_version() -> str:
         if entry.name.endswith(".py") and entry.name.startswith(_DECIDING):
             digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
     return digest.hexdigest()[:16]
-
-
-_DECIDING = ("problem", "mutate", "labels", "harness", "frames", "sandbox", "isolation", "labelled_rows", "sample", "mbpp")
 
 
 def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:

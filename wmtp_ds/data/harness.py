@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import sys
+import time
 
 TYPE_CHECKING = False  # `typing` is slow to import, and this file starts thousands of times
 if TYPE_CHECKING:
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
 
 NONCE_BYTES = 32
 STDERR_BYTES = 2000
-
-
-class WallClockError(Exception):
-    """A child has run longer than the wall clock allows."""
 
 
 def encode(value: Any) -> str:
@@ -118,34 +116,36 @@ def start_child(limits: dict[str, Any], nonce: bytes) -> tuple[int, int]:
         os.close(reader)
         return pid, -1
     os.setsid()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
     # This signal ends the process unless the checked code disarms it; then RLIMIT_CPU and the wall clock remain.
     signal.setitimer(signal.ITIMER_PROF, limits["cpu_seconds"])
     return 0, reader
 
 
-def wait_child(pid: int, wall_seconds: float) -> tuple[str, int]:
-    """Wait for the child, at most ``wall_seconds``; how it ended and its exit code or signal."""
-    try:
-        signal.setitimer(signal.ITIMER_REAL, wall_seconds)
-        status = os.waitpid(pid, 0)[1]
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except WallClockError:
-        try:
+def wait_child(pid: int, wall_seconds: float, caller: int) -> tuple[str, int]:
+    """Wait for the child, at most ``wall_seconds``; how it ended and its exit code or signal.
+
+    ``caller`` is the pipe from the process that asked for the job: when that dies, so do child and harness.
+    """
+    watch = select.poll()
+    watch.register(caller, 0)  # only "hung up", which is always told
+    deadline = time.monotonic() + wall_seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        left = deadline - time.monotonic()
+        if left <= 0 or watch.poll(0):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        except OSError:
-            pass  # it had ended in the very moment of the alarm
-        return "wall", 0
+            if left > 0:
+                os._exit(1)
+            return "wall", 0
+        signal.sigtimedwait([signal.SIGCHLD], min(left, 0.5))
     if os.WIFSIGNALED(status):
         return "signal", os.WTERMSIG(status)
     return "exit", os.WEXITSTATUS(status)
-
-
-def on_alarm(signal_number: int, frame: object) -> NoReturn:
-    """Turn the wall clock's signal into an exception, which ends the wait."""
-    raise WallClockError
 
 
 def new_module(name: str) -> dict[str, Any]:
@@ -215,6 +215,16 @@ def report_program(out: int, run: int, files: tuple[int, ...], limit: int) -> No
         os.close(handle)
 
 
+def end_stragglers() -> None:
+    """As process 1 of a PID namespace: end and reap what a run left behind, or it could meddle with the next."""
+    try:
+        os.kill(-1, signal.SIGKILL)
+        while True:
+            os.waitpid(-1, 0)
+    except OSError:
+        pass  # there is none, or no more
+
+
 def main() -> None:
     """Read the job and run it."""
     job = eval(read_exactly(0, int(read_exactly(0, 8), 16)))
@@ -230,7 +240,7 @@ def main() -> None:
         __import__(name)
     stdins = [memory_file(run[2]) if run[0] == "program" else -1 for run in job["runs"]]
     set_limits(limits)
-    signal.signal(signal.SIGALRM, on_alarm)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # wait_child asks for it
     emit(out, "r")
     for number, (kind, source, detail) in enumerate(job["runs"]):
         files = (stdins[number], memory_file(), memory_file()) if kind == "program" else ()
@@ -240,12 +250,9 @@ def main() -> None:
             if kind == "program":
                 run_program(out, number, source, files)
             run_function(out, number, source, detail, nonce_pipe)
-        how, code = wait_child(pid, limits["wall_seconds"])
-        if job["own_pids"]:  # what the run left behind must not meddle with the next
-            try:
-                os.kill(-1, signal.SIGKILL)
-            except OSError:
-                pass
+        how, code = wait_child(pid, limits["wall_seconds"], nonces)
+        if job["own_pids"]:
+            end_stragglers()
         if files:
             report_program(out, number, files, limits["output_bytes"])
         emit(out, "w", number, how, code)

@@ -101,7 +101,9 @@ def _bubblewrap_mounts() -> tuple[str, ...]:
 
 def _bubblewrap(python: list[str], uid: int | None) -> Start:
     command = [_needed("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session"]
+    # As process 1 of its namespace, the harness is bubblewrap's own child, which bubblewrap waits for; its usual
+    # process 1 outlives it, and stays behind as a zombie where the machine's init does not reap (containers).
+    command += ["--unshare-cgroup-try", "--die-with-parent", "--as-pid-1"]
     if uid is None:
         command += ["--unshare-user", "--disable-userns", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
     else:
@@ -114,7 +116,7 @@ def _bubblewrap(python: list[str], uid: int | None) -> Start:
     if system_calls is not None:
         command += ["--seccomp", FILTER]
     command += ["--", *([] if uid is None else _drop_to(uid)), *python]
-    # The environment given to bubblewrap itself stays readable inside, in /proc/1/environ: it is empty.
+    # The environment of bubblewrap itself may be readable inside, whatever it sets there: it is empty.
     return Start(command, uid=uid, system_calls=system_calls)
 
 

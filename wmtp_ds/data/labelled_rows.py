@@ -6,6 +6,7 @@ passes is *dropped* and counted: it may be a correct solution or an error that t
 those tests can tell which.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ from wmtp_ds.data.labels import FunctionTests, Group, Label, label_groups
 from wmtp_ds.data.mutate import Mutant, mutants, normalise
 from wmtp_ds.data.sandbox import Limits
 
-# Mutants drawn for each one wanted: some survive, and which do shows only when they run.
-DRAWN_PER_WANTED = 2
+# Mutants drawn for each one wanted, rounded up: some survive, and which do shows only when they run.
+DRAWN_PER_WANTED = 1.33
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,16 @@ def _draw(source: Source, references: Sequence[str], wanted: int, seed: int) -> 
     if wanted == 0:
         return []
     rng = random.Random(f"mutants-{seed}-{source.problem_id}")
+    total = math.ceil(wanted * DRAWN_PER_WANTED)
     lists = []
     seen = set(references)
     for reference in references:
-        found = mutants(reference, -(-wanted * DRAWN_PER_WANTED // len(references)), rng, exclude=seen)
+        found = mutants(reference, math.ceil(total / len(references)), rng, exclude=seen)
         seen |= {mutant.source for mutant in found}
         lists.append(found)
     longest = max(len(found) for found in lists)
-    return [found[place] for place in range(longest) for found in lists if place < len(found)]
+    turns = [found[place] for place in range(longest) for found in lists if place < len(found)]
+    return turns[:total]
 
 
 def _row(source: Source, text: str, label: Label, mutation: str | None) -> dict[str, Any]:
@@ -109,7 +112,8 @@ def labelled_rows(
     mutants_per_problem: int,
     seed: int,
     limits: Limits,
-    on_done: Callable[[int], None] = lambda index: None,
+    groups_per_sandbox: int = 1,
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[list[dict[str, Any]]], Report]:
     """Run references and mutants of every problem, in parallel, and make rows of them.
 
@@ -118,7 +122,8 @@ def labelled_rows(
         mutants_per_problem: incorrect solutions wanted of each problem, at most as many as there are edits.
         seed: decides which mutants are tried.
         limits: of each run.
-        on_done: called with a problem's index when it has run.
+        groups_per_sandbox: problems that share a sandbox, where one hand wrote them.
+        on_done: called with how many problems have run since the last call.
 
     Returns:
         The rows of each problem, in order, all written by ``ast.unparse``; and the counts.
@@ -144,7 +149,7 @@ def labelled_rows(
         Group((*texts, *(mutant.source for mutant in drawn)), source.tests)
         for source, texts, drawn in zip(sources, references, candidates, strict=True)
     ]
-    labels = label_groups(groups, limits, on_done=on_done)
+    labels = label_groups(groups, limits, groups_per_sandbox=groups_per_sandbox, on_done=on_done)
     rows = [
         _rows_of(source, texts, drawn, found, mutants_per_problem, report)
         for source, texts, drawn, found in zip(sources, references, candidates, labels, strict=True)

@@ -18,7 +18,7 @@ from wmtp_ds.data.sandbox import FunctionRun, Limits, ProgramRun, Verdict, run_j
 
 # Imported once a sandbox instead of once a solution; only what is quick to import and has no side effect.
 PRELOADABLE = frozenset(
-    "bisect cmath collections copy functools heapq itertools math operator random re string".split()
+    ("bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re")
 )
 _EVIDENCE_CHARACTERS = 300
 
@@ -56,6 +56,7 @@ class Label:
 
     @property
     def is_correct(self) -> bool:
+        """Whether every test passed."""
         return self.verdict is Verdict.PASSED
 
 
@@ -81,6 +82,7 @@ class Check:
     expected: Any = None
 
     def accepts(self, values: tuple[Any, ...]) -> bool:
+        """Whether the step's values are as they should be."""
         if self.rule == "runs":
             return True
         if self.rule == "is":
@@ -266,69 +268,84 @@ def _preload(sources: Sequence[str]) -> list[str]:
     return sorted(named & PRELOADABLE)
 
 
-def label_group(group: Group, limits: Limits | None = None) -> list[Label]:
-    """Run each solution of a group against the group's tests.
+def _label_programs(solutions: Sequence[str], tests: StdioTests, limits: Limits | None) -> list[Label]:
+    if not tests.cases:
+        raise ValueError("there are no tests")
+    return [
+        _label_program(tests.cases, run_job([ProgramRun(source, case[0].encode()) for case in tests.cases], limits))
+        for source in solutions
+    ]
+
+
+def label_batch(groups: Sequence[Group], limits: Limits | None = None) -> list[list[Label]]:
+    """Run each solution of each group against the group's tests, all function tests in one sandbox.
 
     Args:
-        group: solutions (source text) and their tests.
+        groups: solutions (source text) and their tests; all written by one hand (see ``run_job``).
         limits: of each solution by itself (function tests) or each case (programs); default ``Limits()``.
 
     Returns:
-        A label for each solution, in order.
+        For each group a label for each solution, in order.
 
     Raises:
         ValueError: the tests cannot be run: no Python, nothing asserted, or none at all.
         RunError: no sandbox works here.
     """
-    if isinstance(group.tests, StdioTests):
-        cases = group.tests.cases
-        if not cases:
-            raise ValueError("there are no tests")
-        return [
-            _label_program(cases, run_job([ProgramRun(source, case[0].encode()) for case in cases], limits))
-            for source in group.solutions
-        ]
-    checks = plan_checks(group.tests)
-    steps = tuple(check.step for check in checks)
-    runs = [FunctionRun(source, steps) for source in group.solutions]
-    reports = run_job(runs, limits, preload=_preload(group.solutions))
+    planned: list[tuple[list[Check], FunctionRun]] = []
+    for group in groups:
+        if isinstance(group.tests, FunctionTests):
+            checks = plan_checks(group.tests)
+            steps = tuple(check.step for check in checks)
+            planned += [(checks, FunctionRun(source, steps)) for source in group.solutions]
+    runs = [run for _, run in planned]
+    reports = run_job(runs, limits, preload=_preload([run.source for run in runs])) if runs else []
     for number, report in enumerate(reports):
         if (report.damaged or not report.ended) and len(runs) > 1:  # another one's doing, perhaps: once more, alone
             [reports[number]] = run_job([runs[number]], limits)
-    return [_label_function(checks, report) for report in reports]
+    found = iter([_label_function(checks, report) for (checks, _), report in zip(planned, reports, strict=True)])
+    return [
+        [next(found) for _ in group.solutions]
+        if isinstance(group.tests, FunctionTests)
+        else _label_programs(group.solutions, group.tests, limits)
+        for group in groups
+    ]
 
 
 def label(solution: str, tests: Tests, limits: Limits | None = None) -> Label:
-    """Run one solution against its tests; see ``label_group``."""
-    return label_group(Group((solution,), tests), limits)[0]
+    """Run one solution against its tests; see ``label_batch``."""
+    return label_batch([Group((solution,), tests)], limits)[0][0]
 
 
 def label_groups(
     groups: Sequence[Group],
     limits: Limits | None = None,
     *,
+    groups_per_sandbox: int = 1,
     workers: int | None = None,
-    on_done: Callable[[int], None] = lambda index: None,
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> list[list[Label]]:
-    """Run many groups in parallel, one sandbox each; the labels come back in the groups' order.
+    """Run many groups in parallel; the labels come back in the groups' order.
 
     Args:
         groups: what to run.
-        limits: see ``label_group``.
+        limits: see ``label_batch``.
+        groups_per_sandbox: more than one saves time, for groups that one hand wrote.
         workers: threads, each of which waits for one sandbox; default one a CPU.
-        on_done: called with a group's index when it is done, from this thread.
+        on_done: called with how many groups have been finished since the last call, from this thread.
 
     Raises:
-        ValueError, RunError: as ``label_group``.
+        ValueError, RunError: as ``label_batch``.
     """
-    labels: list[list[Label]] = [[] for _ in groups]
+    batches = [groups[start : start + groups_per_sandbox] for start in range(0, len(groups), groups_per_sandbox)]
+    labels: list[list[list[Label]]] = [[] for _ in batches]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        futures = {pool.submit(label_group, group, limits): index for index, group in enumerate(groups)}
+        futures = {pool.submit(label_batch, batch, limits): index for index, batch in enumerate(batches)}
         try:
             for future in as_completed(futures):
-                labels[futures[future]] = future.result()
-                on_done(futures[future])
+                index = futures[future]
+                labels[index] = future.result()
+                on_done(len(batches[index]))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return labels
+    return [found for batch in labels for found in batch]

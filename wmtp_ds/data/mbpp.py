@@ -24,7 +24,7 @@ from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import UserError
 
 DIFFICULTIES = 11
-LIMITS = Limits(cpu_seconds=2.0)
+LIMITS = Limits(cpu_seconds=1.0)
 _EXAMPLE = '{"task_id": 1, "text": "...", "code": "...", "test_list": ["assert ..."]}'
 
 
@@ -173,7 +173,7 @@ def import_mbpp(
     mutants: int = 4,
     seed: int = 0,
     on_start: Callable[[int], None] = lambda total: None,
-    on_done: Callable[[int], None] = lambda index: None,
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Import MBPP into ``output``: train.jsonl and validation.jsonl, or leave them if they are there already.
 
@@ -185,7 +185,7 @@ def import_mbpp(
         mutants: incorrect solutions wanted of each problem.
         seed: decides mutants and split.
         on_start: called with the number of problems before they run.
-        on_done: called with a problem's number when it has run.
+        on_done: called with how many problems have run since the last call.
 
     Returns:
         The summary: counts of rows, references and mutants, and ``reused``.

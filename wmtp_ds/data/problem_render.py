@@ -46,7 +46,7 @@ class _Rename(ast.NodeTransformer):
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         node.id = self.names.get(node.id, node.id)
         return node
 
@@ -54,7 +54,7 @@ class _Rename(ast.NodeTransformer):
         node.arg = self.names.get(node.arg, node.arg)
         return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.name = self.names.get(node.name, node.name)
         return self.generic_visit(node)
 
@@ -66,7 +66,7 @@ class _Nest(ast.NodeTransformer):
         self.name = name
         self.expression = expression
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         return self.expression if node.id == self.name and isinstance(node.ctx, ast.Load) else node
 
 

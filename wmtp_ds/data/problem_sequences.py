@@ -185,7 +185,7 @@ def runs_and_pairs() -> list[Step]:
             """,
         ),
         noun(
-            lambda v: max((n for n in range(len(v) + 1) for a in [*v, 0] if set(range(a, a + n)) <= set(v))),
+            lambda v: max(n for n in range(len(v) + 1) for a in [*v, 0] if set(range(a, a + n)) <= set(v)),
             """consecutive | ints -> int | 6 | the length of the longest series of consecutive integers
             that all occur, in any order
 
@@ -298,7 +298,7 @@ def two_arguments() -> list[Step]:
             inputs=_list_and_window,
         ),
         noun(
-            lambda v, k: [x for x in v if sum(y < x for y in v) < k <= sum(y <= x for y in v)][0],
+            lambda v, k: next(x for x in v if sum(y < x for y in v) < k <= sum(y <= x for y in v)),
             """smallest | ints int -> int | 3 | the number at that place (counted from 1) when the list is
             sorted in ascending order
 

@@ -9,9 +9,40 @@ from wmtp_ds.data.problem_steps import Fold, Step, clause, each, keep, noun
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = (
-    "apple banana cat dog echo fig grape hat ice jam kite lemon moon noon owl pear queen rain sun tree "
-    "under vase wind year zebra level radar banana abba otto aa book see moss"
-).split()
+    "apple",
+    "banana",
+    "cat",
+    "dog",
+    "echo",
+    "fig",
+    "grape",
+    "hat",
+    "ice",
+    "jam",
+    "kite",
+    "lemon",
+    "moon",
+    "noon",
+    "owl",
+    "pear",
+    "queen",
+    "rain",
+    "sun",
+    "tree",
+    "under",
+    "vase",
+    "wind",
+    "year",
+    "zebra",
+    "level",
+    "radar",
+    "abba",
+    "otto",
+    "aa",
+    "book",
+    "see",
+    "moss",
+)
 
 
 def _is_vowel(c: str) -> bool:

@@ -179,7 +179,7 @@ def _tests(steps: Sequence[Step], name: str, rng: Random) -> tuple[str, ...] | N
             chosen.append(f"assert {call} == {answer}")
     if len(chosen) < TESTS:
         return None
-    typical = sorted(chosen, key=len)[TESTS // 2]
+    typical = sorted(chosen, key=len)[-2]
     return (typical, *(test for test in chosen if test != typical))
 
 
@@ -208,9 +208,7 @@ def _instruction(steps: Sequence[Step], name: str, parameters: Sequence[str], rn
     )
 
 
-def _solutions(
-    steps: Sequence[Step], name: str, parameters: Sequence[str], count: int, rng: Random
-) -> tuple[str, ...]:
+def _solutions(steps: Sequence[Step], name: str, parameters: Sequence[str], count: int, rng: Random) -> tuple[str, ...]:
     """Different solutions, preferably such as differ in more than names."""
     found: dict[str, str] = {}
     spare: list[str] = []

@@ -17,7 +17,8 @@ MIN_PROBLEMS = 2 * len(DIFFICULTIES)  # so that each difficulty occurs in traini
 SOLUTIONS = 3  # correct ones a problem, and as many incorrect ones
 VALIDATION_FRACTION = 0.1
 # Solutions here take milliseconds; only an endless loop takes this long.
-LIMITS = Limits(cpu_seconds=0.5)
+LIMITS = Limits(cpu_seconds=0.25)
+_PROBLEMS_PER_SANDBOX = 10  # the generator wrote them all
 
 
 def _source(problem: Problem) -> Source:
@@ -49,7 +50,7 @@ def make_sample(
     problems: int = DEFAULT_PROBLEMS,
     seed: int = 0,
     on_start: Callable[[int], None] = lambda total: None,
-    on_done: Callable[[int], None] = lambda index: None,
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Write ``train.jsonl`` and ``validation.jsonl`` into ``output``, or leave them if they are there already.
 
@@ -60,7 +61,7 @@ def make_sample(
         problems: how many problems, at least ``MIN_PROBLEMS``.
         seed: decides everything.
         on_start: called with the number of problems before they run.
-        on_done: called with a problem's index when it has run.
+        on_done: called with how many problems have run since the last call.
 
     Returns:
         The summary: counts of rows and runs, and ``reused``, whether the files were there.
@@ -82,12 +83,13 @@ def make_sample(
         mutants_per_problem=SOLUTIONS,
         seed=seed,
         limits=LIMITS,
+        groups_per_sandbox=_PROBLEMS_PER_SANDBOX,
         on_done=on_done,
     )
     if report.references_failed:
         raise RunError(
             "a generated solution failed its own tests, which is an error of the generator, or a machine too busy "
-            f"to give a solution half a second: {report.references_failed[0]}"
+            f"to give a solution a quarter of a second: {report.references_failed[0]}"
         )
     held = _validation_ids(generated, seed)
     files: dict[str, list[dict[str, Any]]] = {"train.jsonl": [], "validation.jsonl": []}

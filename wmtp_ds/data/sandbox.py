@@ -20,6 +20,7 @@ What this does **not** protect against:
   rights to files; it may then start no process or thread at all, because what it started could outlive it.
 """
 
+import contextlib
 import functools
 import os
 import secrets
@@ -43,6 +44,7 @@ from wmtp_ds.errors import RunError
 START_SECONDS = 20.0  # for the sandbox itself to start, on a busy machine
 _NONCE_CHARACTERS = 32
 _CHUNK = 1 << 16
+_POLL_SECONDS = 0.5
 
 
 class Verdict(StrEnum):
@@ -135,7 +137,9 @@ def _spawn(start: Start) -> subprocess.Popen[bytes]:
             cwd=start.directory or "/",
             pass_fds=() if kept < 0 else (kept,),
             start_new_session=True,
-            **({"user": start.uid, "group": start.uid, "extra_groups": []} if start.switch_user else {}),
+            user=start.uid if start.switch_user else None,
+            group=start.uid if start.switch_user else None,
+            extra_groups=[] if start.switch_user else None,
         )
     finally:
         if kept >= 0:
@@ -155,7 +159,10 @@ def _exchange(process: subprocess.Popen[bytes], payload: bytes, deadline: float,
         os.set_blocking(process.stdin.fileno(), False)
         left = memoryview(payload)
         while selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(remaining):
+            ready = selector.select(min(remaining, _POLL_SECONDS))
+            if not ready and _has_exited(process):
+                break  # what still holds the pipes is a process that the run left behind
+            for key, _ in ready:
                 if key.data == "in":
                     try:
                         left = left[os.write(key.fd, left[:_CHUNK]) :]
@@ -175,30 +182,52 @@ def _exchange(process: subprocess.Popen[bytes], payload: bytes, deadline: float,
     return {name: bytes(data) for name, data in read.items()}
 
 
+def _has_exited(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process has ended; unlike ``poll()`` this leaves its id, and so its group's, to it."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _kill(process: subprocess.Popen[bytes], start: Start) -> None:
     """End the whole group, and whatever else runs under the run's own uid."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
     for stream in (process.stdin, process.stdout, process.stderr):
         assert stream is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             stream.close()
-        except BrokenPipeError:
-            pass
+    if not _has_exited(process):
+        # The others first: the leader (bubblewrap, unshare) then reaps its child, and leaves by itself.
+        for entry in Path("/proc").glob("[0-9]*"):
+            if entry.name != str(process.pid) and _state_and_group(entry)[1] == process.pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(entry.name), signal.SIGKILL)
+        deadline = time.monotonic() + _POLL_SECONDS
+        while not _has_exited(process) and time.monotonic() < deadline:
+            time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if not start.switch_user:
         return  # killing the first process of a PID namespace has killed them all
     for _ in range(100):  # until a pass finds none: a process may fork while it is being looked for
-        found = [entry for entry in Path("/proc").glob("[0-9]*") if _owner(entry) == start.uid]
+        found = [
+            entry
+            for entry in Path("/proc").glob("[0-9]*")
+            if _owner(entry) == start.uid and _state_and_group(entry)[0] not in (b"Z", b"")
+        ]
         if not found:
             break
         for entry in found:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+
+
+def _state_and_group(process_directory: Path) -> tuple[bytes, int]:
+    """State ("Z" for a zombie) and process group of a process, as its directory in /proc tells; b"", -1 if gone."""
+    try:
+        # The second field, the name in brackets, may hold anything; state, parent and group follow it.
+        fields = (process_directory / "stat").read_bytes().rpartition(b")")[2].split()
+        return fields[0], int(fields[2])
+    except (OSError, ValueError, IndexError):
+        return b"", -1
 
 
 def _owner(process_directory: Path) -> int | None:
@@ -210,18 +239,17 @@ def _owner(process_directory: Path) -> int | None:
 
 def _remove(directory: Path) -> None:
     """Remove the private directory, also what the run has made unreadable."""
-
-    def unlock(function: Any, path: str, error: Any) -> None:
-        os.chmod(Path(path).parent, 0o700)
-        if Path(path).is_dir() and not Path(path).is_symlink():
-            os.chmod(path, 0o700)
-            shutil.rmtree(path, ignore_errors=True)
-        elif os.path.lexists(path):
-            os.unlink(path)
-
-    shutil.rmtree(directory, onerror=unlock)
+    shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():
+        _unlock(directory)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unlock(directory: Path) -> None:
+    directory.chmod(0o700)
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            _unlock(Path(entry.path))
 
 
 def _run_in(

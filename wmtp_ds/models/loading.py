@@ -114,6 +114,7 @@ def load_policy(
     try:
         with sharding.construct(), no_init_weights():
             model = MTPLlamaForCausalLM(config)
+            model.tie_weights(recompute_mapping=False)  # which goes with the initialisation that is left out
     finally:
         torch.set_default_dtype(previous)
     _fill(model, folder, sharding)
@@ -135,8 +136,8 @@ def _in_one_line(error: Exception) -> str:
 
 def _fill(model: MTPLlamaForCausalLM, folder: Path, sharding: Sharding) -> None:
     stored = stored_tensors(folder)
-    # Names are compared on every rank, and dtypes and shapes before anything is gathered: an error inside a collective would
-    # leave the other ranks waiting.
+    # Names, dtypes and shapes are compared on every rank before anything is gathered: an error inside a collective
+    # would leave the other ranks waiting.
     parameters = dict(model.named_parameters())
     missing = sorted(parameters.keys() - stored.keys())
     if missing:

@@ -1,6 +1,5 @@
 """Small random models for trying everything on a CPU: a policy, a smaller reference, and their tokenizer."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from wmtp_ds.data.index import build_index
 from wmtp_ds.data.templates import get_template
+from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import store_trunk_fingerprint
 from wmtp_ds.models.loading import save_weights
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
@@ -124,12 +124,3 @@ def _write_random(folder: Path, config: LlamaConfig, heads: int, tokenizer: Any,
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def write_config(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """config.json as ``LlamaForCausalLM``'s, so that tools without our code load the next-token model."""
-    fields = config.to_dict() | {
-        "architectures": ["LlamaForCausalLM"],
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

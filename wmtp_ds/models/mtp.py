@@ -38,7 +38,7 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
     """
 
     def __init__(self, config: LlamaConfig):
-        n = getattr(config, "n_future_tokens", None)
+        n: Any = getattr(config, "n_future_tokens", None)
         for name, value in (("n_future_tokens", n), ("num_hidden_layers", config.num_hidden_layers)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"the model's config.json must say {name} >= 1, not {value!r}")

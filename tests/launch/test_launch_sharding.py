@@ -1,0 +1,59 @@
+"""Weights are loaded sharded: no rank ever holds the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from transformers import LlamaConfig
+
+from wmtp_ds.launch import free_port
+from wmtp_ds.models.config_file import write_config
+from wmtp_ds.models.loading import save_weights
+from wmtp_ds.models.mtp import MTPLlamaForCausalLM
+
+pytestmark = pytest.mark.launch
+
+RANKS = 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_rank_ever_holds_the_whole_model(
+    workspace: Path, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig.from_dict(
+        LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=9,
+            num_attention_heads=8,
+            vocab_size=8192,
+            tie_word_embeddings=tied,
+        ).to_dict()
+        | {"n_future_tokens": 4}
+    )
+    torch.manual_seed(0)
+    model = MTPLlamaForCausalLM(config)
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    save_weights(model, folder, shard_bytes=60_000_000)
+    write_config(folder, config, torch.float32)
+    driver = str(Path(__file__).with_name("load_sharded.py"))
+    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(free_port())]
+    # Freed blocks go back to the system at once, so that memory held and memory in use are the same.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    small = workspace / "storage/models/micro-policy"
+    done = run([*launcher, driver, str(small), str(folder), str(tmp_path)], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    size = 4 * sum(p.numel() for p in model.parameters())
+    sums = [p.double().sum().item() for p in model.parameters()]
+    assert size > 150_000_000
+    for rank in range(RANKS):
+        held = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert held["sums"] == pytest.approx(sums, abs=1e-6)
+        assert held["whole"] == 0
+        # A quarter stays on each rank. On top of it, for a moment: the largest tensor, as it is read and handed out.
+        assert held["end"] < 0.45 * size, held
+        assert held["peak"] < 0.6 * size, held
