@@ -5,10 +5,10 @@ Each line that begins with $ is a command that you can type yourself.
 
 import argparse
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from commands import run
 
 STAGES = ("baseline", "critic", "verifiable", "rho1")
 FIGURE = Path("checkpoints/demo.png")
@@ -20,15 +20,6 @@ What to try next (each takes half a minute):
   wmtp-ds validate stage_configs/critic.toml
   mlflow ui --backend-store-uri sqlite:///mlflow.db
 (in this shell: source .venv/bin/activate)"""
-
-
-def run(command: str) -> None:
-    """Show a command and run it with this Python's programs; its failure ends the demo."""
-    print(f"$ {command}", flush=True)
-    program, *arguments = command.split()
-    code = subprocess.call([str(Path(sys.executable).with_name(program)), *arguments])
-    if code:
-        sys.exit(code)
 
 
 def main() -> None:

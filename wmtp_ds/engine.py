@@ -5,8 +5,6 @@ batch (so DeepSpeed must neither average over ranks nor over accumulation steps)
 masters are made, a frozen engine without optimizer, and checkpoints that name their tag.
 """
 
-import contextlib
-import io
 import logging
 import os
 import warnings
@@ -51,12 +49,12 @@ def start(device: str) -> torch.device:
     deepspeed = _import_deepspeed()
     if device == "cuda":
         torch.cuda.set_device(local_rank)
+    # An op for inference on CPUs that DeepSpeed would compile here, for a minute and more, and training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        # It prints that its communication op was built; the sink keeps that from the log.
-        with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
-            )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
+        )
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the ranks could not form a process group: {error}") from error
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")

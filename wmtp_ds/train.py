@@ -320,6 +320,7 @@ class Training:
             first_loss=progress.first_loss,
             last_loss=progress.last_loss,
             seconds=progress.seconds,
+            wall_seconds=time.time() - psutil.Process().create_time(),
             tokens_per_s=progress.tokens / max(progress.seconds, 1e-9),
             config_hash=self.resolved.hash(),
             mlflow_run_id=self.tracker.wait_for_run_id(),

@@ -182,7 +182,9 @@ def test_a_daemon_does_not_outlive_the_run(kinds: tuple[str]) -> None:
 
 def test_the_sandbox_dies_with_its_caller(kinds: tuple[str]) -> None:
     program, name = _marked("import time\ntime.sleep(40)")
-    caller = f"from wmtp_ds.data.sandbox import *\nrun_python({program!r}, limits=Limits(wall_seconds=40), kinds={kinds})"
+    caller = (
+        f"from wmtp_ds.data.sandbox import *\nrun_python({program!r}, limits=Limits(wall_seconds=40), kinds={kinds})"
+    )
     with subprocess.Popen([sys.executable, "-c", caller]) as process:
         deadline = time.monotonic() + 20
         while not _alive(name) and time.monotonic() < deadline:

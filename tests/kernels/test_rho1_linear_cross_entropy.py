@@ -80,9 +80,7 @@ def measured(case: Case, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("excess", ["signed", "absolute", "reference"])
-@pytest.mark.parametrize(
-    ("weighting", "scope"), [("topk", "batch"), ("topk", "sequence"), ("softmax", "batch")]
-)
+@pytest.mark.parametrize(("weighting", "scope"), [("topk", "batch"), ("topk", "sequence"), ("softmax", "batch")])
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_matches_materialised_logits(excess, weighting, scope, chunk, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "_chunk_rows", lambda vocabulary: chunk)

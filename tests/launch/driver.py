@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import fifth_stage
 import torch
 
 import wmtp_ds.train
@@ -40,6 +41,8 @@ def main() -> None:
     jobs_file = Path(sys.argv[-1])
     torch.set_num_threads(1)
     quiet("warning", Place(0, 0, 1, 1))
+    # As if it lay in wmtp_ds/stages/focal.py, with its config class in wmtp_ds/config/training.py.
+    sys.modules["wmtp_ds.stages.focal"] = fifth_stage
     for job in json.loads(jobs_file.read_text()):
         resolved = Request(stage=job["stage"], config=Path(job["config"]), override=tuple(job["override"])).load()
         stop_after = job.get("stop_after")

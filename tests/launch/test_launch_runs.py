@@ -62,6 +62,11 @@ def runs(workspace: Path) -> Path:
         f"mlflow://{experiment_id(workspace)}/{run_id(workspace, 'critic')}/artifacts/checkpoints/checkpoint_best"
     )
     jobs.append(job("verifiable", "verifiable-uri", f'experiment.critic_checkpoint="{other_form}"'))
+    (workspace / "focal.toml").write_text(
+        'extends = "stage_configs/local/baseline.toml"\n[experiment]\nname = "focal"\nstage = "focal"\n'
+        "[training]\nlate_weight = 3.0\n"
+    )
+    jobs.append(job("focal", "focal") | {"config": "focal.toml"})
     # Started anew where a run has been: the earlier one moves aside.
     jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=2"))
     jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=3"))
@@ -190,6 +195,15 @@ def test_both_uri_forms_hand_over_the_same_critic(runs: Path) -> None:
     first = metrics(runs, "verifiable")[1]
     assert first["td/std"] > 0
     assert first["weight/std"] > 0
+
+
+def test_a_fifth_weighting_is_one_class_and_one_config_class(runs: Path) -> None:
+    focal, uniform = metrics(runs, "focal"), metrics(runs, "baseline")
+    assert sorted(focal) == sorted(uniform)
+    assert focal[STEPS]["train/loss"] < focal[1]["train/loss"]
+    # The ramp from 1 to 3 has mean 2 and a little, and at first all tokens cost about the same.
+    assert focal[1]["train/loss"] == pytest.approx(2.05 * uniform[1]["train/loss"], rel=0.05)
+    assert client(runs).get_run(run_id(runs, "focal")).data.params["training.late_weight"] == "3.0"
 
 
 def test_an_earlier_run_moves_aside(runs: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from wmtp_ds.models.loading import save_weights
 from wmtp_ds.models.config_file import write_config
+from wmtp_ds.models.loading import save_weights
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 MakePolicy = Callable[..., MTPLlamaForCausalLM]

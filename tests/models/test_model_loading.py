@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wmtp_ds.errors import UserError
 from wmtp_ds.models import loading
-from wmtp_ds.models.loading import load_policy, load_tokenizer, read_llama_config, save_weights
 from wmtp_ds.models.config_file import write_config
+from wmtp_ds.models.loading import load_policy, load_tokenizer, read_llama_config, save_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

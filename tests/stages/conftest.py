@@ -152,12 +152,21 @@ def _run(
     return Output(torch.stack(losses).sum(), summed, output.moments), grads
 
 
-def _assert_same(
-    found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-7
-) -> None:
+def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 1e-7) -> None:
     assert found.keys() == expected.keys()
     for name, x in expected.items():
-        torch.testing.assert_close(found[name].double(), x.double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name].double(), x.double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products are slower on many threads, by far where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from wmtp_ds.stages.base import Output
 
 @pytest.mark.parametrize("n", [4, 1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
-def test_every_token_of_every_head_weighs_one(n, dtype, tolerance, make_model, batch, run, policy_loss, gradients, assert_same):
+def test_every_token_of_every_head_weighs_one(
+    n, dtype, tolerance, make_model, batch, run, policy_loss, gradients, assert_same
+):
     model = make_model("baseline", n, dtype)
     output, grads = run(model, [batch])
     expected = policy_loss(model, batch, lambda k, b, i: 1.0)

@@ -34,9 +34,7 @@ def value_loss(model: StageModel, batch: Batch, gamma: float, lam: float) -> Ten
     values = model.value_head(model.policy.trunk(batch.input_ids)).squeeze(-1)
     cfg = model.stage.training
     targets = value_targets(values.tolist(), batch, cfg.value_target, gamma, lam)
-    errors = [
-        ERRORS[cfg.loss_type](values[b, i] - targets[b][i]) for b, i in batch.decisions.nonzero().tolist()
-    ]
+    errors = [ERRORS[cfg.loss_type](values[b, i] - targets[b][i]) for b, i in batch.decisions.nonzero().tolist()]
     return torch.stack(errors).mean()
 
 

@@ -63,7 +63,9 @@ def test_what_stands_in_the_padding_does_not_matter(stage, make_model, batch, re
 
 
 def test_totals_survive_the_exchange():
-    totals = Totals(torch.tensor([3, 2]), torch.tensor([5, 4]), torch.tensor(7), torch.tensor(2**40 + 1), torch.tensor(1))
+    totals = Totals(
+        torch.tensor([3, 2]), torch.tensor([5, 4]), torch.tensor(7), torch.tensor(2**40 + 1), torch.tensor(1)
+    )
     packed = totals.pack()
     assert packed.dtype == torch.float64
     back = Totals.unpack(packed, 2)

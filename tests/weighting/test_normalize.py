@@ -26,9 +26,7 @@ def constants(deltas: Sequence[Tensor], decisions: Sequence[Tensor], **kwargs: o
     return standardisation(deltas, decisions, **(options | kwargs))
 
 
-def weights_oracle(
-    deltas: list[float], beta: float, low: float, high: float, zscore: bool, mean1: bool
-) -> list[float]:
+def weights_oracle(deltas: list[float], beta: float, low: float, high: float, zscore: bool, mean1: bool) -> list[float]:
     """Of the decisions of the global batch: standardise, exponentiate, rescale to mean 1, clip once."""
     if zscore:
         mean, deviation = statistics.fmean(deltas), statistics.pstdev(deltas)
@@ -80,9 +78,7 @@ def global_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return deltas.double(), mask
 
 
-modes = pytest.mark.parametrize(
-    ("zscore", "mean1"), [(False, False), (True, False), (False, True), (True, True)]
-)
+modes = pytest.mark.parametrize(("zscore", "mean1"), [(False, False), (True, False), (False, True), (True, True)])
 
 
 @modes
@@ -165,9 +161,7 @@ def test_nothing_to_decide_gives_finite_constants(zscore, mean1):
 def test_masked_values_never_matter():
     deltas, mask = torch.tensor([[0.5, math.nan, -0.25]]), torch.tensor([[1, 0, 1]])
     clean = constants([deltas[:, ::2]], [torch.ones(1, 2)], zscore=True, mean1=True)
-    torch.testing.assert_close(
-        torch.stack(constants([deltas], [mask], zscore=True, mean1=True)), torch.stack(clean)
-    )
+    torch.testing.assert_close(torch.stack(constants([deltas], [mask], zscore=True, mean1=True)), torch.stack(clean))
 
 
 def test_by_default_the_weights_are_the_plain_ones():

@@ -32,10 +32,7 @@ def td_oracle(values: Rows, rewards: Sequence[float], gamma: float, decisions: l
 def gae_oracle(deltas: Rows, decay: float, decisions: list[list[bool]]) -> Rows:
     """``A_i = Σ_l (γλ)^l δ_{i+l}`` as the double sum that it is."""
     return [
-        [
-            sum(decay**ahead * row[i + ahead] for ahead in range(len(row) - i)) if d[i] else 0.0
-            for i in range(len(row))
-        ]
+        [sum(decay**ahead * row[i + ahead] for ahead in range(len(row) - i)) if d[i] else 0.0 for i in range(len(row))]
         for row, d in zip(deltas, decisions, strict=True)
     ]
 
@@ -125,9 +122,7 @@ def test_gae_of_lambda_zero_is_td_and_of_one_telescopes(case, gamma):
     values, rewards, decisions = tensors(case)
     td = compute_td_errors(values, rewards, gamma, decisions)
     assert torch.equal(compute_gae(values, rewards, gamma, 0.0, decisions), td)
-    monte_carlo = [
-        [r - x if yes else 0.0 for x, yes in zip(v, d, strict=True)] for v, r, d in zip(*case, strict=True)
-    ]
+    monte_carlo = [[r - x if yes else 0.0 for x, yes in zip(v, d, strict=True)] for v, r, d in zip(*case, strict=True)]
     close(compute_gae(values, rewards, 1.0, 1.0, decisions), monte_carlo, 1e-10)
 
 

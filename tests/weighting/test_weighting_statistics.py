@@ -13,7 +13,6 @@ from wmtp_ds.weighting import compute_td_stats, compute_weight_stats
 from wmtp_ds.weighting.statistics import describe, entropy_sums, merge_moments, moments
 
 
-
 @st.composite
 def masked(draw: st.DrawFn, low: float = -100) -> tuple[Tensor, Tensor]:
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 7))

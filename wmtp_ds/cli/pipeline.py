@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from wmtp_ds.errors import UserError
+
 
 @click.command(epilog="Example: wmtp-ds pipeline stage_configs/critic.toml stage_configs/verifiable.toml --num_gpus 4")
 @click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -15,7 +17,9 @@ import click
 @click.option("--override", multiple=True, metavar="KEY=VALUE", help="For every stage; may be repeated.")
 @click.option("--name", default="pipeline", show_default=True, help="Name of the parent run.")
 @click.option("--reuse", is_flag=True, help="Do not train again what is complete and has the same config.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Write the loss curves of all stages to this PNG.")
+@click.option(
+    "--figure", type=click.Path(path_type=Path, dir_okay=False), help="Write the loss curves of all stages to this PNG."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def pipeline(
     configs: tuple[Path, ...],
@@ -32,6 +36,11 @@ def pipeline(
     from wmtp_ds.pipeline import run_pipeline
     from wmtp_ds.report import figure_of, print_table, results
 
+    if figure is not None:
+        try:
+            figure.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--figure {figure}: its folder cannot be made: {error}") from None
     requests = [
         Request(stage=stage, config=path, num_gpus=num_gpus, device=device, override=override)
         for path, stage in zip(configs, _stages(configs, override), strict=True)
@@ -49,7 +58,6 @@ def pipeline(
 def _stages(configs: tuple[Path, ...], override: tuple[str, ...]) -> list[str]:
     """The stage of each config; all that is wrong with any of them in one message."""
     from wmtp_ds.config import ConfigError, load_config
-    from wmtp_ds.errors import UserError
 
     stages, problems = [], []
     for path in configs:

@@ -62,6 +62,22 @@ def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | 
     return dict(manifest)
 
 
+def prepare_folder(directory: Path) -> None:
+    """Make the folder, so that a wrong path shows before the work and not after it.
+
+    Raises:
+        UserError: the path is no folder, or may not be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{directory}: is not a folder: give --output a folder") from None
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{directory}: may not be written to: give another --output, or change its permissions")
+
+
 def write_dataset(
     directory: Path,
     files: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -80,12 +96,7 @@ def write_dataset(
         UserError: the path is no folder, or may not be written to.
         RunError: writing failed (a full disk).
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{directory}: is not a folder: give --output a folder") from None
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
+    prepare_folder(directory)
     told: dict[str, Any] = {}
     try:
         (directory / MANIFEST).unlink(missing_ok=True)

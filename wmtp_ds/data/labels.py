@@ -21,6 +21,7 @@ PRELOADABLE = frozenset(
     ("bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re")
 )
 _EVIDENCE_CHARACTERS = 300
+_MEDDLED = (Verdict.ERROR, "the run meddled with the checker's messages")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def _judge_step(check: Check, report: StepReport) -> tuple[Verdict, str]:
         return Verdict.MEMORY, "out of memory"
     if report.error:
         return Verdict.ERROR, f"{report.error}: {report.message}" if report.message else report.error
+    if len(report.values) != (2 if check.rule == "same" else 1):
+        return _MEDDLED
     if check.accepts(report.values):
         return Verdict.PASSED, ""
     if check.rule == "true":
@@ -191,7 +194,7 @@ def _judge_step(check: Check, report: StepReport) -> tuple[Verdict, str]:
 def _judge_end(report: RunReport) -> tuple[Verdict, str]:
     """The verdict on a run that did not come to its end, and why."""
     if report.damaged:
-        return Verdict.ERROR, "the run meddled with the checker's messages"
+        return _MEDDLED
     if not report.ended:
         return Verdict.ERROR, "the run ended its own sandbox"
     stopped = stopped_by(report)

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from wmtp_ds.data.dataset_files import code_version, finished, write_dataset
+from wmtp_ds.data.dataset_files import code_version, finished, prepare_folder, write_dataset
 from wmtp_ds.data.labelled_rows import Report, Source, counts, labelled_rows, prompt_input
 from wmtp_ds.data.labels import FunctionTests, plan_checks
 from wmtp_ds.data.mutate import normalise
@@ -205,6 +205,7 @@ def import_mbpp(
     manifest = finished(output, made_from)
     if manifest is not None:
         return {**manifest["summary"], "reused": True}
+    prepare_folder(output)
     edges = quantile_edges([_length(task) for task in train])
     on_start(len(train) + len(held))
     summary: dict[str, Any] = {"difficulty_edges": edges, "training_problems_shared_with_validation": shared}

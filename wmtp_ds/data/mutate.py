@@ -370,11 +370,10 @@ def _edit_body(holder: ast.AST, field: str, body: list[ast.stmt]) -> Iterator[_E
     for index, statement in enumerate(body):
         if isinstance(statement, _SIMPLE) and len(body) > 1 and not _is_untouchable(statement):
             yield _Edit("drop_statement", holder, field, index, [])
-        if isinstance(statement, ast.If) and not statement.orelse:
+        if isinstance(statement, ast.If) and not statement.orelse and not _is_untouchable(statement):
             if len(body) > 1:
                 yield _Edit("drop_statement", holder, field, index, [])
-            if not _is_untouchable(statement):
-                yield _Edit("drop_condition", holder, field, index, statement.body)
+            yield _Edit("drop_condition", holder, field, index, statement.body)
         follows = body[index + 1] if index + 1 < len(body) else None
         if isinstance(statement, ast.For) and isinstance(follows, ast.Return):
             loop = ast.For(statement.target, statement.iter, [*statement.body, follows], statement.orelse, lineno=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from wmtp_ds.data.dataset_files import code_version, finished, write_dataset
+from wmtp_ds.data.dataset_files import code_version, finished, prepare_folder, write_dataset
 from wmtp_ds.data.labelled_rows import Source, counts, labelled_rows, prompt_input
 from wmtp_ds.data.labels import FunctionTests
 from wmtp_ds.data.problems import DIFFICULTIES, TESTS, Problem, generate_problems
@@ -76,6 +76,7 @@ def make_sample(
     manifest = finished(output, made_from)
     if manifest is not None:
         return {**manifest["summary"], "reused": True}
+    prepare_folder(output)
     generated = generate_problems(problems, seed, solutions=SOLUTIONS)
     on_start(len(generated))
     rows, report = labelled_rows(

@@ -1,11 +1,12 @@
 """Runs Python code that is not trusted, in a separate process under limits, and reports what came of it.
 
-Each job gets a process of its own in its own process group, with an empty environment, an empty private working
-directory that is gone afterwards, and limits on time, memory, processes, file size and output; the group is
-killed as a whole when the job ends or the clock does. The first kind of ``isolation.KINDS`` that works on this
-machine is used; ``sandbox_kind()`` says which. Verdicts cannot be had by the easy tricks: what a solution
-computes is sent out as data and compared out here with expected results that the sandbox never sees, so leaving
-early (``os._exit(0)``), printing a verdict, or an object that equals everything earns nothing.
+Each job gets a process of its own in its own process group, with an empty environment (but for the interpreter's
+hash seed), an empty private working directory that is gone afterwards, and limits on time, memory, processes,
+file size and output; the group is killed as a whole when the job ends or the clock does. The first kind of
+``isolation.KINDS`` that works on this machine is used; ``sandbox_kind()`` says which. Verdicts cannot be had by
+the easy tricks: what a solution computes is sent out as data and compared out here with expected results that the
+sandbox never sees, so leaving early (``os._exit(0)``), printing a verdict, or an object that equals everything
+earns nothing.
 
 What this does **not** protect against:
 
@@ -15,36 +16,29 @@ What this does **not** protect against:
   and all tests by standard input and output, are not affected.)
 - Memory is limited for each process: all processes of a run together may use ``processes`` times as much.
 - Runs that share one job are written by the same hand (see ``run_job``): one could disturb the next.
-- ``namespaces``: the code reads what its uid can read on this machine, and may write wherever every user may.
-- ``plain``: also the network is open. Unless started by root, the code runs under our own uid, with our own
-  rights to files; it may then start no process or thread at all, because what it started could outlive it.
+- ``namespaces`` and ``plain``: the code sees this machine's files, with the rights of every user if root started
+  it (it then has a uid of its own), and with our own rights otherwise.
+- ``plain``: the network is open, too. Unless started by root, the code may start no process or thread at all,
+  because what it started could outlive it.
 """
 
-import contextlib
 import functools
-import os
 import secrets
-import selectors
-import shutil
 import signal
-import subprocess
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from wmtp_ds.data.frames import RunReport, parse_frames
-from wmtp_ds.data.isolation import FILTER, KINDS, Start, UnavailableError, interpreters, start_of
+from wmtp_ds.data.isolation import KINDS, UnavailableError, interpreters, start_of
+from wmtp_ds.data.processes import run_process
 from wmtp_ds.errors import RunError
 
 START_SECONDS = 20.0  # for the sandbox itself to start, on a busy machine
 _NONCE_CHARACTERS = 32
-_CHUNK = 1 << 16
-_POLL_SECONDS = 0.5
 
 
 class Verdict(StrEnum):
@@ -120,138 +114,6 @@ def _encode_job(
     return b"%08x" % len(text) + text
 
 
-def _spawn(start: Start) -> subprocess.Popen[bytes]:
-    command, kept = start.command, -1
-    if start.system_calls is not None:
-        kept, writer = os.pipe()
-        os.write(writer, start.system_calls)
-        os.close(writer)
-        command = [str(kept) if word == FILTER else word for word in command]
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=start.environment,
-            cwd=start.directory or "/",
-            pass_fds=() if kept < 0 else (kept,),
-            start_new_session=True,
-            user=start.uid if start.switch_user else None,
-            group=start.uid if start.switch_user else None,
-            extra_groups=[] if start.switch_user else None,
-        )
-    finally:
-        if kept >= 0:
-            os.close(kept)
-
-
-def _exchange(process: subprocess.Popen[bytes], payload: bytes, deadline: float, most: int) -> dict[str, bytes]:
-    """Feed standard input and read both outputs until their end, the deadline, or ``most`` bytes of one."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    read = {"out": bytearray(), "err": bytearray()}
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdin, selectors.EVENT_WRITE, "in")
-        selector.register(process.stdout, selectors.EVENT_READ, "out")
-        selector.register(process.stderr, selectors.EVENT_READ, "err")
-        os.set_blocking(process.stdin.fileno(), False)
-        left = memoryview(payload)
-        while selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
-            ready = selector.select(min(remaining, _POLL_SECONDS))
-            if not ready and _has_exited(process):
-                break  # what still holds the pipes is a process that the run left behind
-            for key, _ in ready:
-                if key.data == "in":
-                    try:
-                        left = left[os.write(key.fd, left[:_CHUNK]) :]
-                    except BlockingIOError:
-                        continue
-                    except BrokenPipeError:
-                        left = left[:0]
-                    if not left:
-                        selector.unregister(key.fileobj)
-                    continue
-                chunk = os.read(key.fd, _CHUNK)
-                read[key.data] += chunk
-                if not chunk:
-                    selector.unregister(key.fileobj)
-                elif len(read[key.data]) > most:
-                    return {name: bytes(data) for name, data in read.items()}
-    return {name: bytes(data) for name, data in read.items()}
-
-
-def _has_exited(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process has ended; unlike ``poll()`` this leaves its id, and so its group's, to it."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _kill(process: subprocess.Popen[bytes], start: Start) -> None:
-    """End the whole group, and whatever else runs under the run's own uid."""
-    for stream in (process.stdin, process.stdout, process.stderr):
-        assert stream is not None
-        with contextlib.suppress(BrokenPipeError):
-            stream.close()
-    if not _has_exited(process):
-        # The others first: the leader (bubblewrap, unshare) then reaps its child, and leaves by itself.
-        for entry in Path("/proc").glob("[0-9]*"):
-            if entry.name != str(process.pid) and _state_and_group(entry)[1] == process.pid:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(int(entry.name), signal.SIGKILL)
-        deadline = time.monotonic() + _POLL_SECONDS
-        while not _has_exited(process) and time.monotonic() < deadline:
-            time.sleep(0.002)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if not start.switch_user:
-        return  # killing the first process of a PID namespace has killed them all
-    for _ in range(100):  # until a pass finds none: a process may fork while it is being looked for
-        found = [
-            entry
-            for entry in Path("/proc").glob("[0-9]*")
-            if _owner(entry) == start.uid and _state_and_group(entry)[0] not in (b"Z", b"")
-        ]
-        if not found:
-            break
-        for entry in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-def _state_and_group(process_directory: Path) -> tuple[bytes, int]:
-    """State ("Z" for a zombie) and process group of a process, as its directory in /proc tells; b"", -1 if gone."""
-    try:
-        # The second field, the name in brackets, may hold anything; state, parent and group follow it.
-        fields = (process_directory / "stat").read_bytes().rpartition(b")")[2].split()
-        return fields[0], int(fields[2])
-    except (OSError, ValueError, IndexError):
-        return b"", -1
-
-
-def _owner(process_directory: Path) -> int | None:
-    try:
-        return process_directory.stat().st_uid
-    except OSError:
-        return None
-
-
-def _remove(directory: Path) -> None:
-    """Remove the private directory, also what the run has made unreadable."""
-    shutil.rmtree(directory, ignore_errors=True)
-    if directory.exists():
-        _unlock(directory)
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _unlock(directory: Path) -> None:
-    directory.chmod(0o700)
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            _unlock(Path(entry.path))
-
-
 def _run_in(
     kind: str,
     interpreter: str,
@@ -265,24 +127,14 @@ def _run_in(
         limits = Limits(**{**asdict(limits), "processes": 0})
     payload = _encode_job(runs, limits, kind != "plain", preload) + "".join(nonces).encode()
     most = (4 * limits.output_bytes + (1 << 16)) * len(runs)
-    deadline = time.monotonic() + START_SECONDS + limits.wall_seconds * len(runs)
-    try:
-        process = _spawn(start)
-        try:
-            read = _exchange(process, payload, deadline, most)
-        finally:
-            _kill(process, start)
-    finally:
-        if start.directory is not None:
-            _remove(start.directory)
-    outlived = time.monotonic() >= deadline
-    ready, _, frames = read["out"].partition(b"\n")
+    told = run_process(start, payload, START_SECONDS + limits.wall_seconds * len(runs), most)
+    ready, _, frames = told.stdout.partition(b"\n")
     if ready != b"r":
-        lines = read["err"].decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        lines = told.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
         raise UnavailableError(lines[-1][:300])
     reports = parse_frames(frames, nonces)
     lost = next((report for report in reports if not report.ended), None)
-    if outlived and lost is not None:
+    if told.outlived and lost is not None:
         lost.ended = "wall"
     return reports
 

@@ -121,7 +121,7 @@ def is_trunk(name: str, num_hidden_layers: int) -> bool:
     if name.startswith("model.embed_tokens."):
         return True
     parts = name.split(".")
-    if parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
+    if parts[:2] != ["model", "layers"] or len(parts) < 3 or not parts[2].isdecimal():
         return False
     return int(parts[2]) < num_hidden_layers - 1
 

@@ -1,0 +1,44 @@
+"""What several folders of tests share: a small checkout to run commands in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a checkout, with the micro models and a little data, where the local configs are valid.
+
+    Shared by all tests: only ``checkpoints/`` in it may be written to, and mlflow is best turned off.
+    """
+    from wmtp_ds.models.micro import make_micro_models
+
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("stage_configs", "ds_configs", "bin"):
+        (root / name).symlink_to(REPOSITORY / name)
+    data = root / "storage" / "data" / "sample"
+    data.mkdir(parents=True)
+    for name, count in (("train", 40), ("validation", 8)):
+        rows = [
+            {
+                "problem_id": str(number // 2),
+                "instruction": f"Add {number}.",
+                "output": f"def f(x):\n    return x + {number}\n",
+                "is_correct": number % 2 == 0,
+                "difficulty": 1 + number % 11,
+            }
+            for number in range(count)
+        ]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = root / "storage" / "models"
+    make_micro_models(
+        data=data / "train.jsonl",
+        policy=models / "micro-policy",
+        reference=models / "micro-reference",
+        hidden_size=64,
+        trunk_layers=1,
+    )
+    return root

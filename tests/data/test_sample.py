@@ -1,0 +1,196 @@
+"""``wmtp-ds data sample``: what it writes, that every label is earned, and that it is reproducible."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmtp_ds.cli.main import main
+from wmtp_ds.data.dataset_files import finished, write_dataset
+from wmtp_ds.data.labels import FunctionTests, Group, label_groups
+from wmtp_ds.data.mutate import normalise
+from wmtp_ds.data.rows import parse_row
+from wmtp_ds.data.sample import make_sample
+from wmtp_ds.errors import RunError, UserError
+
+FILES = ("train.jsonl", "validation.jsonl")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("data") / "sample"
+    make_sample(output, problems=33, seed=1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def rows(sample: Path) -> list[dict[str, Any]]:
+    return [row for name in FILES for row in _rows(sample / name)]
+
+
+def test_rows_have_the_schema(sample: Path, rows: list[dict[str, Any]]) -> None:
+    for name in FILES:
+        for number, line in enumerate((sample / name).read_bytes().splitlines(), 1):
+            parse_row(line, name, number)
+    for row in rows:
+        assert 1 <= row["difficulty"] <= 11
+        assert row["input"].endswith(row["metadata"]["tests"][0])
+        assert row["metadata"]["tests"][1] not in row["instruction"] + row["input"]
+        assert row["is_correct"] is (row["metadata"]["verdict"] == "passed")
+        assert row["is_correct"] is (row["metadata"]["mutation"] is None)
+        assert bool(row["metadata"]["evidence"]) is not row["is_correct"]
+
+
+def test_labels_are_earned(rows: list[dict[str, Any]]) -> None:
+    """Running the rows again gives the labels and the evidence that they carry."""
+    by_problem: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_problem.setdefault(row["problem_id"], []).append(row)
+    groups = [
+        Group(tuple(row["output"] for row in found), FunctionTests(tuple(found[0]["metadata"]["tests"])))
+        for found in by_problem.values()
+    ]
+    for found, labels in zip(by_problem.values(), label_groups(groups, groups_per_sandbox=10), strict=True):
+        for row, one in zip(found, labels, strict=True):
+            assert one.is_correct is row["is_correct"]
+            assert one.evidence == row["metadata"]["evidence"]
+
+
+def test_correct_and_incorrect_rows_balance_in_every_problem(rows: list[dict[str, Any]]) -> None:
+    problems = {row["problem_id"] for row in rows}
+    assert len(problems) == 33
+    correct = sum(row["is_correct"] for row in rows)
+    assert correct == 3 * 33
+    assert 0.85 * correct <= len(rows) - correct <= correct
+    assert len({(row["problem_id"], row["output"]) for row in rows}) == len(rows)
+
+
+def test_formatting_does_not_tell_them_apart(rows: list[dict[str, Any]]) -> None:
+    assert all(normalise(row["output"]) == row["output"] for row in rows)
+
+
+def test_the_split_is_by_problem(sample: Path) -> None:
+    train, validation = (_rows(sample / name) for name in FILES)
+    assert {row["difficulty"] for row in validation} == set(range(1, 12))
+    for key in ("problem_id", "instruction"):
+        assert not {row[key] for row in train} & {row[key] for row in validation}
+
+
+def test_the_same_seed_gives_the_same_bytes(sample: Path, tmp_path: Path) -> None:
+    make_sample(tmp_path, problems=33, seed=1)
+    for name in (*FILES, "manifest.json"):
+        assert (tmp_path / name).read_bytes() == (sample / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "manifest.json"}
+
+
+def test_what_is_there_is_reused_unless_it_differs(tmp_path: Path) -> None:
+    first = make_sample(tmp_path, problems=22, seed=2)
+    assert not first["reused"]
+    written = (tmp_path / "train.jsonl").stat().st_mtime_ns
+    assert make_sample(tmp_path, problems=22, seed=2) == {**first, "reused": True}
+    assert (tmp_path / "train.jsonl").stat().st_mtime_ns == written
+
+    content = (tmp_path / "train.jsonl").read_bytes()
+    (tmp_path / "train.jsonl").write_bytes(content[:-1])
+    assert not make_sample(tmp_path, problems=22, seed=2)["reused"]
+    assert (tmp_path / "train.jsonl").read_bytes() == content
+
+    made_from = json.loads((tmp_path / "manifest.json").read_text())["made_from"]
+    assert finished(tmp_path, made_from) is not None
+    assert finished(tmp_path, {**made_from, "seed": 3}) is None
+    assert finished(tmp_path, {**made_from, "code": "other"}) is None
+    (tmp_path / "manifest.json").write_text("{")
+    assert finished(tmp_path, made_from) is None
+
+
+def test_an_interrupted_run_leaves_nothing_that_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path, {"train.jsonl": [{"a": 1}], "validation.jsonl": []}, {"seed": 1}, {})
+    assert finished(tmp_path, {"seed": 1}) is not None
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_dataset(tmp_path, {"train.jsonl": [{"a": 2}], "validation.jsonl": []}, {"seed": 2}, {})
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert (tmp_path / "train.jsonl").read_text() == '{"a": 1}\n'
+    assert finished(tmp_path, {"seed": 1}) is None
+    assert finished(tmp_path, {"seed": 2}) is None
+
+
+def test_too_few_problems_and_a_bad_output_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--problems 21: at least 22"):
+        make_sample(tmp_path, problems=21)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is not a folder"):
+        make_sample(tmp_path / "file", problems=22)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_solution_that_fails_is_an_error_of_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wmtp_ds.data import problems
+
+    genuine = problems._evaluate
+    monkeypatch.setattr(
+        "wmtp_ds.data.problems._evaluate", lambda steps, arguments: [genuine(steps, arguments)] if steps else None
+    )
+    with pytest.raises(RunError, match="a generated solution failed its own tests"):
+        make_sample(tmp_path, problems=22)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "sample", "--output", str(tmp_path), "--problems", "22", "--seed", "2"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--json"])
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert "22 of 22 problems" in err
+    assert summary["train"]["rows"] == len(_rows(tmp_path / "train.jsonl"))
+    assert summary["train"]["problems"] + summary["validation"]["problems"] == 22
+    assert summary["references"] == 66
+    run = summary["mutants"]
+    assert run == summary["mutants_failed"] + summary["mutants_survived_and_dropped"]
+    assert run == sum(summary["mutant_verdicts"].values())
+    kept = summary["mutants_failed"] - summary["mutants_failed_but_not_needed"]
+    assert kept == summary["train"]["incorrect"] + summary["validation"]["incorrect"]
+
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "holds this data already" in out
+    assert "references: 66 of 66 pass their tests" in out
+
+
+def test_the_command_refuses_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["data", "sample", "--problems", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --problems 3: at least 22 are needed")
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["import"], ["import", "mbpp"]])
+def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["data", *command, "--help"])
+    assert end.value.code == 0
+    assert "Example: wmtp-ds data" in capsys.readouterr().out
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys, wmtp_ds.cli.data, wmtp_ds.data.sample, wmtp_ds.data.mbpp\n"
+        "print({'torch', 'transformers', 'numpy', 'deepspeed', 'mlflow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,69 @@
+"""Signals end a run between two steps."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from wmtp_ds.signals import Interruption
+
+SECOND = """
+import os, signal
+from wmtp_ds.signals import Interruption
+with Interruption() as interruption:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interruption.signal == signal.SIGTERM
+    os.kill(os.getpid(), signal.{second})
+    print("still here")
+"""
+
+ORPHAN = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", '''
+import time
+from wmtp_ds.signals import die_with_parent
+die_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+'''], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_the_handlers_come_back(number):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with Interruption() as interruption:
+        assert interruption.signal == 0
+        os.kill(os.getpid(), number)
+        assert interruption.signal == number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_it_at_once(second):
+    done = subprocess.run([sys.executable, "-c", SECOND.format(second=second)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, second), "", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_rank_does_not_outlive_its_launcher():
+    done = subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    orphan = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/{orphan}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return
+        except OSError:
+            return
+        time.sleep(0.02)
+    os.kill(orphan, signal.SIGKILL)
+    pytest.fail("it trains on")
