@@ -198,9 +198,11 @@ def test_an_empty_critic_leaves_it_to_the_config(here):
     assert request.load(checks=False).config.experiment.critic_checkpoint == "checkpoints/local-critic/checkpoint_best"
 
 
-def test_a_critic_with_quotes_is_taken_as_typed(here):
-    request = Request("verifiable", config=LOCAL / "verifiable.toml", critic_checkpoint='a "b" \\c')
-    assert request.load(checks=False).config.experiment.critic_checkpoint == 'a "b" \\c'
+@pytest.mark.parametrize("typed", ["2024", "true", '"quoted"', "[1]", 'a "b" \\c', "a=b"])
+def test_a_critic_is_taken_as_typed(here, typed):
+    """It is no TOML value, though some paths look like one."""
+    request = Request("verifiable", config=LOCAL / "verifiable.toml", critic_checkpoint=typed)
+    assert request.load(checks=False).config.experiment.critic_checkpoint == typed
 
 
 def test_the_config_of_another_stage(here):

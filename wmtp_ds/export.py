@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from wmtp_ds import distributed
 from wmtp_ds.checkpoint import replace_folder
@@ -58,7 +59,7 @@ class Exporter:
                 (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
                 (partial / "config.toml").write_text(self._resolved.toml())
                 replace_folder(partial, final)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(f"export {final} could not be written: {error}. Free space or mend the disk.") from error
         distributed.barrier()
         return final

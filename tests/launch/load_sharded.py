@@ -37,11 +37,17 @@ class Peak(threading.Thread):
 
 
 def main() -> None:
-    small, folder, output = map(Path, sys.argv[-3:])
+    small, *folders, output = map(Path, sys.argv[-4:])
     engine.start("cpu")
     torch.set_num_threads(1)
     sharding = engine.Zero3Sharding(CONFIG)
     load_policy(small, sharding=sharding)  # buffers of the communication, lazily imported modules
+    for folder in folders:
+        held = watch_load(folder, sharding)
+        (output / f"{folder.name}-{distributed.rank()}.json").write_text(json.dumps(held))
+
+
+def watch_load(folder: Path, sharding: engine.Zero3Sharding) -> dict:
     before = anonymous_bytes()
     peak = Peak()
     peak.start()
@@ -54,7 +60,7 @@ def main() -> None:
     for parameter in policy.parameters():
         with sharding.gathered(parameter):
             held["sums"].append(parameter.double().sum().item())
-    (output / f"{distributed.rank()}.json").write_text(json.dumps(held))
+    return held
 
 
 main()

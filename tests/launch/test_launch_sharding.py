@@ -18,42 +18,43 @@ pytestmark = pytest.mark.launch
 RANKS = 4
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_no_rank_ever_holds_the_whole_model(
-    workspace: Path, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = LlamaConfig.from_dict(
-        LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=9,
-            num_attention_heads=8,
-            vocab_size=8192,
-            tie_word_embeddings=tied,
-        ).to_dict()
-        | {"n_future_tokens": 4}
+def make_policy(folder: Path, tied: bool) -> MTPLlamaForCausalLM:
+    """Some fifty million random parameters in several files."""
+    plain = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=9,
+        num_attention_heads=8,
+        vocab_size=8192,
+        tie_word_embeddings=tied,
     )
-    torch.manual_seed(0)
+    config = LlamaConfig.from_dict(plain.to_dict() | {"n_future_tokens": 4})
+    torch.manual_seed(int(tied))
     model = MTPLlamaForCausalLM(config)
-    folder = tmp_path / "policy"
     folder.mkdir()
     save_weights(model, folder, shard_bytes=60_000_000)
     write_config(folder, config, torch.float32)
+    return model
+
+
+def test_no_rank_ever_holds_the_whole_model(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: make_policy(tmp_path / name, tied=name == "tied") for name in ("untied", "tied")}
     driver = str(Path(__file__).with_name("load_sharded.py"))
-    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(free_port())]
+    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(free_port()), driver]
     # Freed blocks go back to the system at once, so that memory held and memory in use are the same.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     small = workspace / "storage/models/micro-policy"
-    done = run([*launcher, driver, str(small), str(folder), str(tmp_path)], tmp_path)
+    done = run([*launcher, str(small), *(str(tmp_path / name) for name in models), str(tmp_path)], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    size = 4 * sum(p.numel() for p in model.parameters())
-    sums = [p.double().sum().item() for p in model.parameters()]
-    assert size > 150_000_000
-    for rank in range(RANKS):
-        held = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert held["sums"] == pytest.approx(sums, abs=1e-6)
-        assert held["whole"] == 0
-        # A quarter stays on each rank. On top of it, for a moment: the largest tensor, as it is read and handed out.
-        assert held["end"] < 0.45 * size, held
-        assert held["peak"] < 0.6 * size, held
+    for name, model in models.items():
+        size = 4 * sum(p.numel() for p in model.parameters())
+        sums = [p.double().sum().item() for p in model.parameters()]
+        assert size > 150_000_000
+        for rank in range(RANKS):
+            held = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            assert held["sums"] == pytest.approx(sums, abs=1e-6)
+            assert held["whole"] == 0
+            # A quarter stays on each rank; for a moment also the largest tensor, as it is read and handed out.
+            assert held["end"] < 0.45 * size, held
+            assert held["peak"] < 0.6 * size, held

@@ -88,6 +88,21 @@ def test_weights_carry_no_gradient_to_the_value_head(make_model, batch, run):
     assert all(grad.any() for name, grad in grads.items() if not name.startswith("value_head."))
 
 
+def test_weights_are_detached_float32_and_zero_off_decisions(make_model, batch, run, monkeypatch):
+    """Already where they are made, whatever a loss may do about it."""
+    model = make_model("verifiable")
+    assert not model.stage.advantages(model(batch, mode="values"), batch).requires_grad
+    seen: list[torch.Tensor] = []
+    loss = type(model).weighted_cross_entropy
+    monkeypatch.setattr(
+        type(model), "weighted_cross_entropy", lambda self, *args: (seen.append(args[2]), loss(self, *args))[1]
+    )
+    run(model, [batch])
+    assert seen[0].dtype == torch.float32
+    assert not seen[0].requires_grad
+    assert torch.equal(seen[0] > 0, batch.decisions)
+
+
 def test_the_value_loss_reaches_the_trunk_only_if_it_may(make_model, batch, run, gradients):
     runs = {
         (reaches, coefficient): run(

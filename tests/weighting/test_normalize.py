@@ -131,7 +131,7 @@ def test_mean1_by_hand_rescales_before_it_clips():
 @pytest.mark.parametrize("value", [0.1, -0.3, 0.0, 1e-30])
 def test_where_all_are_equal_the_zscore_is_zero(dtype, value):
     deltas = torch.full((1, 3), value, dtype=dtype)
-    found = constants([deltas], [torch.ones(1, 3)], zscore=True, mean1=True)
+    found = constants([deltas], [torch.ones(1, 3)], zscore=True)
     torch.testing.assert_close(found.weights(deltas, 0.9, 0.1, 5.0), torch.ones(1, 3, dtype=dtype))
 
 

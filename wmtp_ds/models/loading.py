@@ -6,7 +6,6 @@ parameter is read from its file, handed out, and forgotten; written likewise.
 
 import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -220,10 +219,8 @@ def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # also what a full disk comes as
         raise OSError(f"{file}: {error}") from error
-    # safetensors makes a private file; a model is as readable as everything else that is written.
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    # safetensors makes a private file, of use to nobody else on a shared machine: as readable as its folder it is.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
