@@ -20,7 +20,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11. Name a newer one: make install PYTHON=python3.12"; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
-	  { echo "error: DeepSpeed needs a C++ compiler: sudo apt-get install build-essential"; exit 2; }
+	  { echo "error: DeepSpeed and Triton need a C++ compiler: sudo apt-get install build-essential"; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { echo "error: no venv module: sudo apt-get install python3-venv"; exit 2; }
 	@# With a GPU the default build of torch, which carries CUDA; without one the CPU build, which saves gigabytes.
 	if nvidia-smi >/dev/null 2>&1; then \

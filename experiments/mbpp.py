@@ -10,7 +10,7 @@ from pathlib import Path
 
 from commands import run
 
-from wmtp_ds.run_folder import read_summary
+from wmtp_ds.run_summary import read_summary
 
 DATA, MODELS = "storage/data/mbpp", "storage/models/mbpp"
 # rho1 on four ranks, the others on two.

@@ -314,20 +314,22 @@ def test_resolve_device(gpus):
 
 
 def test_check_compiler(monkeypatch, tmp_path):
-    check_compiler("cpu")
+    plain = {"zero_optimization": {"stage": 3}}
+    offload = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    check_compiler("cpu", offload)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler: sudo apt-get install build-essential"):
-        check_compiler("cpu")
+        check_compiler("cpu", offload)
     monkeypatch.setenv("CXX", "")
     with pytest.raises(UserError, match="compiler"):
-        check_compiler("cpu")
-    check_compiler("cuda")
+        check_compiler("cuda", plain)
+    check_compiler("cpu", plain)  # nothing is compiled there
     for name in ("g++", "my-c++"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
         monkeypatch.setenv("CXX", name)
-        check_compiler("cpu")
+        check_compiler("cpu", offload)
         (tmp_path / name).unlink()
 
 

@@ -15,7 +15,7 @@ from wmtp_ds.config.training import CriticTraining, unregister_stage
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import Request
 from wmtp_ds.pipeline import critic_of, plan_pipeline, run_pipeline
-from wmtp_ds.run_folder import read_summary, write_summary
+from wmtp_ds.run_summary import read_summary, write_summary
 
 LOCAL = "stage_configs/local/{}.toml"
 UNTRACKED = 'mlflow.tracking_uri=""'

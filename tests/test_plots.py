@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from wmtp_ds.plots import plot_losses, read_series
 from wmtp_ds.report import figure_of, print_table, results
-from wmtp_ds.run_folder import write_summary
+from wmtp_ds.run_summary import write_summary
 
 
 def write_metrics(file: Path, *lines: tuple[int, dict[str, object]]) -> Path:

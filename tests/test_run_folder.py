@@ -12,7 +12,8 @@ import pytest
 
 from wmtp_ds.checkpoint import MANIFEST, Checkpoints, write_manifest
 from wmtp_ds.errors import UserError
-from wmtp_ds.run_folder import RunFolder, is_main_process, read_summary, write_summary
+from wmtp_ds.run_folder import RunFolder, is_main_process
+from wmtp_ds.run_summary import read_summary, write_summary
 
 HOLD = """
 import sys

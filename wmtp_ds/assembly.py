@@ -9,9 +9,9 @@ import torch
 from wmtp_ds import distributed
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine, FrozenEngine, Zero3Sharding
-from wmtp_ds.handoff import check_value_head, load_value_head, locate_critic
+from wmtp_ds.handoff import ValueHeadFile, check_value_head, load_value_head, locate_critic
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
-from wmtp_ds.models.loading import load_policy
+from wmtp_ds.models.loading import check_architecture, load_policy, read_llama_config
 from wmtp_ds.models.reference import ReferenceModel
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.optimization import lr_schedule, param_groups
@@ -35,11 +35,48 @@ def fetch_critic(resolved: Resolved) -> Path | None:
     if not config.training.needs_critic or os.environ.get("LOCAL_RANK", "0") != "0":
         return None
     assert config.experiment.critic_checkpoint is not None
-    return locate_critic(
+    path = locate_critic(
         config.experiment.critic_checkpoint,
         tracking_uri=config.mlflow.tracking_uri,
         cache_dir=Path(config.checkpoint.save_dir).parent / ".critics",
     )
+    policy = Path(config.models.policy.path)
+    _read_critic(resolved, path, read_llama_config(policy).hidden_size, read_trunk_fingerprint(policy))
+    return path
+
+
+def check_models(resolved: Resolved) -> None:
+    """Say what is wrong with a model's config.json before ranks make the model together.
+
+    Raises:
+        UserError: if it is missing, damaged, or describes no model that can be built.
+    """
+    models = resolved.config.models
+    check_architecture(Path(models.policy.path))
+    if resolved.config.training.needs_reference:
+        assert models.reference is not None
+        check_architecture(Path(models.reference.path), n_future_tokens=1)
+
+
+def _read_critic(resolved: Resolved, path: Path, hidden_size: int, fingerprint: str | None) -> ValueHeadFile:
+    """A critic's value head, if it fits the policy; what cannot be compared is warned about.
+
+    Raises:
+        UserError: naming both sides of what does not fit.
+    """
+    wanted = resolved.config.value_head
+    trained = load_value_head(path)
+    problems = check_value_head(
+        trained,
+        hidden_size=hidden_size,
+        type=wanted.type,
+        activation=wanted.activation,
+        trunk_fingerprint=fingerprint,
+    )
+    if fingerprint is not None and distributed.is_main():
+        for problem in problems:
+            logger.warning("%s", problem)
+    return trained
 
 
 def trunk_fingerprint(policy: Path) -> str:
@@ -87,19 +124,9 @@ def _build_value_head(resolved: Resolved, hidden_size: int, critic: Path | None)
     wanted = resolved.config.value_head
     head = ValueHead(hidden_size, wanted.type, wanted.activation)
     if critic is not None:
-        trained = load_value_head(critic)
-        problems = check_value_head(
-            trained,
-            hidden_size=hidden_size,
-            type=wanted.type,
-            activation=wanted.activation,
-            trunk_fingerprint=trunk_fingerprint(Path(resolved.config.models.policy.path)),
-        )
-        if distributed.is_main():
-            for problem in problems:
-                logger.warning("%s", problem)
+        fingerprint = trunk_fingerprint(Path(resolved.config.models.policy.path))
         # Before the engine is made: its float32 masters are copies of what the weights are then.
-        head.load_state_dict(trained.state_dict)
+        head.load_state_dict(_read_critic(resolved, critic, hidden_size, fingerprint).state_dict)
     return head
 
 

@@ -16,9 +16,8 @@ from typing import Any
 from wmtp_ds import distributed
 from wmtp_ds.engine import Engine
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.resume import MANIFEST, STEP_PREFIX, checkpoint_folders, is_complete
 
-MANIFEST = "manifest.json"
-_PREFIX = "step_"
 _PARTIAL = ".partial-"
 
 
@@ -48,11 +47,11 @@ class Checkpoints:
         Raises:
             RunError: if a file cannot be written (a full disk). The checkpoint before stays as it was.
         """
-        name = f"{_PREFIX}{step:08d}"
+        name = f"{STEP_PREFIX}{step:08d}"
         partial, final = self.root / f"{_PARTIAL}{name}", self.root / name
         try:
             if distributed.is_main():
-                for leftover in self.root.glob(f"{_PARTIAL}{_PREFIX}*"):
+                for leftover in self.root.glob(f"{_PARTIAL}{STEP_PREFIX}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir(parents=True)
             distributed.barrier()
@@ -80,7 +79,7 @@ class Checkpoints:
         Steps beyond ``latest`` were left behind by a resume from an earlier checkpoint (of choice, or because they
         are damaged): they count as older than all others, lest they be resumed from or outlive newer ones.
         """
-        folders = sorted(folder for folder in self.root.glob(f"{_PREFIX}*") if (folder / MANIFEST).is_file())
+        folders = [folder for folder in checkpoint_folders(self.root) if is_complete(folder)]
         try:
             latest = (self.root / "latest").read_text().strip()
         except (OSError, ValueError):

@@ -194,9 +194,15 @@ class Engine:
         """Restore weights, optimizer and schedule from ``folder/tag``; return this rank's state.
 
         Raises:
-            RunError: if DeepSpeed loads nothing, which it does without raising.
+            RunError: if the weights do not fit, or DeepSpeed loads nothing, which it does without raising.
         """
-        path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        try:
+            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        except RuntimeError as error:
+            raise RunError(
+                f"checkpoint {folder / tag} does not fit this run's model: {' '.join(str(error).split())[:400]}. "
+                "Resume with the policy and value head that it was made with."
+            ) from error
         if path is None or "wmtp" not in client_state:
             raise RunError(f"checkpoint {folder / tag} could not be loaded; resume from another one (--resume PATH).")
         state: dict[str, Any] = client_state["wmtp"]

@@ -18,8 +18,6 @@ from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import store_trunk_fingerprint
 from wmtp_ds.models.loading import save_weights
 
-BEST, FINAL = "checkpoint_best", "checkpoint_final"
-
 
 class Exporter:
     """Writes ``checkpoint_best/`` and ``checkpoint_final/``.

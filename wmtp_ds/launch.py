@@ -28,8 +28,11 @@ import click
 
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.errors import UserError
+from wmtp_ds.resume import check_resume
 
 SCRIPT = "bin/train_stage.py"
+# More than any machine has GPUs; a slip of the finger must not start thousands of processes.
+MAX_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--stage", required=True, help="baseline, critic, verifiable or rho1 (or one of your own)."),
         click.option(
-            "--num_gpus", "--num-gpus", type=click.IntRange(min=1), help="Ranks to train with on this machine."
+            "--num_gpus", "--num-gpus", type=click.IntRange(1, MAX_RANKS), help="Ranks to train with on this machine."
         ),
         click.option("--config", type=click.Path(path_type=Path), help="Default: stage_configs/<stage>.toml."),
         click.option("--critic-checkpoint", help="The critic's folder, file or MLflow URI (verifiable)."),
@@ -126,13 +129,16 @@ class Place:
         """From the launcher's environment; None without one."""
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
             return None
-        world_size = int(environ["WORLD_SIZE"])
-        return cls(
-            int(environ["RANK"]),
-            int(environ.get("LOCAL_RANK", "0")),
-            world_size,
-            int(environ.get("LOCAL_SIZE", environ.get("LOCAL_WORLD_SIZE", world_size))),
-        )
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+        found = {name: environ[name] for name in names if name in environ}
+        try:
+            numbers = {name: int(value) for name, value in found.items()}
+        except ValueError:
+            shown = ", ".join(f"{name}={value}" for name, value in found.items())
+            raise UserError(f"the launcher's variables must be whole numbers: {shown}. Unset them.") from None
+        size = numbers["WORLD_SIZE"]
+        local_size = numbers.get("LOCAL_SIZE", numbers.get("LOCAL_WORLD_SIZE", size))
+        return cls(numbers["RANK"], numbers.get("LOCAL_RANK", 0), size, local_size)
 
 
 def decide(place: Place | None, request: Request) -> Literal["launch", "leave", "train"]:
@@ -171,7 +177,7 @@ def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str
 def launcher_command(ranks: Sequence[int | str], request: Request) -> list[str]:
     """DeepSpeed's single-node launcher for ranks on the given device ids, on a free port."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ranks)}).encode()).decode()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=error", f"--world_info={world}"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", f"--world_info={world}"]
     address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     return [*launcher, *address, "--module", "wmtp_ds.rank", *request.arguments()]
 
@@ -183,13 +189,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def check_compiler(device: str) -> None:
-    """DeepSpeed compiles its CPU communication op on first use, and says little when it cannot.
+def check_compiler(device: str, ds_config: Mapping[str, Any]) -> None:
+    """DeepSpeed compiles its CPU Adam (offload) and Triton its launchers (GPU) on first use.
 
     Raises:
-        UserError: if there is no C++ compiler, with the command that installs one.
+        UserError: if one of them is needed and there is no C++ compiler, with the command that installs one.
     """
-    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "c++")):
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if device == "cpu" and offload == "none":
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "c++")):
         raise UserError("DeepSpeed needs a C++ compiler: sudo apt-get install build-essential (or your system's).")
 
 
@@ -269,8 +278,9 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
         UserError: for a wrong config, missing files, too few GPUs, no compiler.
     """
     resolved = request.load()
+    check_resume(resolved, request.resume)
     device = resolve_device(resolved.config.runtime.device)
-    check_compiler(device)
+    check_compiler(device, resolved.deepspeed(1))
     ids = device_ids(device, request.num_gpus, os.environ)
     return launcher_command(ids, request), launch_environment(device, os.environ)
 

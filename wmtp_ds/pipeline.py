@@ -9,9 +9,8 @@ from pathlib import Path
 from wmtp_ds.config import ConfigError, Resolved
 from wmtp_ds.config.training import stage_names, training_class
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.export import BEST
 from wmtp_ds.launch import Request, launch
-from wmtp_ds.run_folder import read_summary, write_summary
+from wmtp_ds.run_summary import BEST, read_summary, write_summary
 
 _CRITIC = "experiment.critic_checkpoint"
 # Stands for the critic that an earlier stage is going to make.

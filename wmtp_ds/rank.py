@@ -75,7 +75,7 @@ def train_rank(request: Request, place: Place) -> int:
     """
     resolved = request.load()
     device = resolve_device(resolved.config.runtime.device)
-    check_compiler(device)
+    check_compiler(device, resolved.deepspeed(1))
     check_port(place, os.environ)
     die_with_parent()
     quiet(resolved.config.runtime.log_level, place)

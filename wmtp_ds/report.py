@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_ds.plots import plot_losses
-from wmtp_ds.run_folder import read_summary
+from wmtp_ds.run_summary import read_summary
 from wmtp_ds.tracking_state import METRICS_FILE
 
 

@@ -1,17 +1,17 @@
 """The folder of a run, ``checkpoint.save_dir``: who may write to it, and what happens to an earlier run in it."""
 
 import fcntl
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints, verify_manifest
 from wmtp_ds.errors import UserError
+from wmtp_ds.resume import checkpoint_folders, find_checkpoint
+from wmtp_ds.run_summary import SUMMARY, read_summary
 
-SUMMARY = "run.json"
 # What tells a run's folder from any other one: a folder without these is never moved aside.
 _SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
 
@@ -32,8 +32,7 @@ class RunFolder:
         self.resume = resume
         self._lock: TextIO | None = None
         self._check_root()
-        if resume not in ("auto", "never"):
-            self._check_source(Path(resume))
+        find_checkpoint(root, resume)
 
     def _check_root(self) -> None:
         """A run that starts anew moves an earlier run aside; it must never move anything else."""
@@ -47,12 +46,6 @@ class RunFolder:
             raise UserError(
                 f"checkpoint.save_dir: {self.root} holds other files, but no run. Give each run a folder of its own."
             )
-
-    def _check_source(self, source: Path) -> None:
-        if not source.is_dir():
-            raise UserError(f"--resume {source}: there is no such folder. Give a checkpoint (step_…), auto or never.")
-        if not source.name.startswith("step_") and not Checkpoints(source).steps():
-            raise UserError(f"--resume {source}: neither a checkpoint nor a run's folder with checkpoints (step_…).")
 
     def lock(self) -> None:
         """Claim the folder; only the main rank calls this.
@@ -93,7 +86,7 @@ class RunFolder:
 
     def _goes_on_here(self) -> bool:
         if self.resume == "auto":
-            return bool(Checkpoints(self.root).steps())
+            return bool(checkpoint_folders(self.root))
         return self.resume != "never" and Path(self.resume).resolve().is_relative_to(self.root.resolve())
 
     def source(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> Path | None:
@@ -106,7 +99,7 @@ class RunFolder:
             return None
         if self.resume == "auto":
             newest = checkpoints.newest(warn)
-            if newest is None and checkpoints.steps():
+            if newest is None and checkpoint_folders(self.root):
                 raise UserError(
                     f"--resume auto: every checkpoint in {self.root} is damaged. --resume never starts anew; "
                     "the earlier run is moved aside then."
@@ -128,22 +121,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def read_summary(root: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run's folder says; empty if there is none, or it is damaged."""
-    try:
-        summary = json.loads((root / SUMMARY).read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def write_summary(root: Path, **fields: Any) -> None:
-    """Add to what ``run.json`` tells other programs of the run in a folder."""
-    temporary = root / f".{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(read_summary(root) | fields, indent=2) + "\n")
-    temporary.replace(root / SUMMARY)
 
 
 def is_main_process() -> bool:

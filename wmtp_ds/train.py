@@ -10,18 +10,27 @@ import psutil
 import torch
 
 from wmtp_ds import distributed, engine
-from wmtp_ds.assembly import build_engine, build_reference, fetch_critic, pick_device, trunk_fingerprint
+from wmtp_ds.assembly import (
+    build_engine,
+    build_reference,
+    check_models,
+    fetch_critic,
+    pick_device,
+    trunk_fingerprint,
+)
 from wmtp_ds.checkpoint import Checkpoints
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.early_stopping import EarlyStopping
 from wmtp_ds.evaluation import evaluate
-from wmtp_ds.export import BEST, FINAL, Exporter
+from wmtp_ds.export import Exporter
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
+from wmtp_ds.resume import check_resume, same_table
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
-from wmtp_ds.run_folder import RunFolder, is_main_process, write_summary
+from wmtp_ds.run_folder import RunFolder, is_main_process
+from wmtp_ds.run_summary import BEST, FINAL, write_summary
 from wmtp_ds.signals import Interruption
 from wmtp_ds.stages.base import Output, Totals, make_stage
 from wmtp_ds.tracking import Tracker, start_tracking
@@ -44,13 +53,18 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
         RunError: if a checkpoint or an export cannot be written.
     """
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), resume)
+    changes = check_resume(resolved, resume)
+    check_models(resolved)
     data = open_data(resolved, world_size_from_launcher())
     critic = fetch_critic(resolved)
     if is_main_process():
         folder.lock()
     try:
         device = engine.start(pick_device(resolved.config.runtime.device))
-        return Training(resolved, data, folder, device, critic).run(run_name or resolved.config.experiment.name)
+        training = Training(resolved, data, folder, device, critic)
+        for change in changes:
+            training.display.say(f"changed since the checkpoint: {change}")
+        return training.run(run_name or resolved.config.experiment.name)
     finally:
         folder.close()
 
@@ -245,6 +259,8 @@ class Training:
         """Go on from a checkpoint; returns the id of its tracked run."""
         state = self.checkpoints.restore(self.engine, source)
         self.progress = Progress(**state["progress"])
+        # A run that had stopped early goes on if the conditions are others now.
+        self.progress.stopped &= same_table(source, self.resolved, "early_stopping")
         self.stopper.load_state_dict(state["stopper"])
         self.validation = state["validation"]
         random.setstate(state["random"]["python"])

@@ -106,8 +106,7 @@ def load_policy(
         UserError: if files are missing or damaged, or names or shapes do not fit the config.
     """
     sharding = sharding or Whole()
-    config = read_llama_config(folder, n_future_tokens)
-    _check_architecture(config, folder / "config.json")
+    config = check_architecture(folder, n_future_tokens)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -120,13 +119,19 @@ def load_policy(
     return model
 
 
-def _check_architecture(config: LlamaConfig, file: Path) -> None:
-    """Build the model without memory: what is wrong with a config.json is said before ranks make it together."""
+def check_architecture(folder: Path, n_future_tokens: int | None = None) -> LlamaConfig:
+    """Build a folder's model without memory: what is wrong with its config.json is said before ranks make it together.
+
+    Raises:
+        UserError: if config.json is missing, damaged, or describes no model that can be built.
+    """
+    config, file = read_llama_config(folder, n_future_tokens), folder / "config.json"
     try:
         with torch.device("meta"), no_init_weights():
             MTPLlamaForCausalLM(config)
     except Exception as error:  # whatever transformers raises for values that do not go together
         raise UserError(f"{file} describes no model that can be built: {_in_one_line(error)}") from None
+    return config
 
 
 def _in_one_line(error: Exception) -> str:

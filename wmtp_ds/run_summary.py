@@ -1,0 +1,24 @@
+"""What other programs read of a run's folder, without importing torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "run.json"
+BEST, FINAL = "checkpoint_best", "checkpoint_final"
+
+
+def read_summary(root: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run's folder says; empty if there is none, or it is damaged."""
+    try:
+        summary = json.loads((root / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def write_summary(root: Path, **fields: Any) -> None:
+    """Add to what ``run.json`` tells other programs of the run in a folder."""
+    temporary = root / f".{SUMMARY}.tmp"
+    temporary.write_text(json.dumps(read_summary(root) | fields, indent=2) + "\n")
+    temporary.replace(root / SUMMARY)
