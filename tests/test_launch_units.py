@@ -594,9 +594,10 @@ def test_without_a_model_it_says_which_path_and_which_command_at_once(tmp_path):
     for part in (
         "error: stage_configs/rho1.toml: 4 problems",
         "storage/models/meta-llama-mtp does not exist",
-        "wmtp-ds model import SOURCE storage/models/meta-llama-mtp",
+        "put the model there: a folder with config.json (n_future_tokens), safetensors and tokenizer; "
+        "to try without it: wmtp-ds model micro, then --config stage_configs/local/rho1.toml",
         "storage/models/ref-sheared-llama-2.7b does not exist",
-        "wmtp-ds model import SOURCE storage/models/ref-sheared-llama-2.7b",
+        "put the model there: a folder with config.json, safetensors and tokenizer",
     ):
         assert part in done.stderr
     assert "Traceback" not in done.stderr

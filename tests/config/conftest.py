@@ -10,6 +10,7 @@ import pytest
 from wmtp_ds.config import ConfigError, Problem, Resolved, load_config
 
 HIDDEN, VOCABULARY, BLOCKS, HEADS = 4, 6, 3, 2
+INNER, QUERIES, KEYS = 8, 2, 1  # so the keys of a block have one head of two
 TRUNK = "ab" * 32
 
 STAGE_PARTS = {
@@ -33,6 +34,22 @@ def write_safetensors(path: Path, shapes: Mapping[str, list[int]], metadata: Map
     text = json.dumps(header).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+def block_shapes(prefix: str) -> dict[str, list[int]]:
+    """The tensors of a Llama block."""
+    shapes = {
+        "self_attn.q_proj": [4, 4],
+        "self_attn.k_proj": [2, 4],
+        "self_attn.v_proj": [2, 4],
+        "self_attn.o_proj": [4, 4],
+        "mlp.gate_proj": [8, 4],
+        "mlp.up_proj": [8, 4],
+        "mlp.down_proj": [4, 8],
+        "input_layernorm": [4],
+        "post_attention_layernorm": [4],
+    }
+    return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
 
 
 class Workspace:
@@ -74,20 +91,34 @@ class Workspace:
             "n_future_tokens": heads,
             "vocab_size": VOCABULARY,
             "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_attention_heads": QUERIES,
+            "num_key_value_heads": KEYS,
         }
         self.write_json(f"{name}/config.json", config)
         vocabulary = {token: index for index, token in enumerate(tokens)}
         self.write_json(f"{name}/tokenizer.json", {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}})
         self.write_json(f"{name}/trunk_fingerprint.json", {"sha256": TRUNK})
         shapes = {"model.embed_tokens.weight": [VOCABULARY, HIDDEN], "model.norm.weight": [HIDDEN]}
-        shapes |= {f"model.layers.{index}.mlp.up_proj.weight": [HIDDEN, HIDDEN] for index in range(BLOCKS)}
-        shapes |= {f"mtp_heads.{index}.mlp.up_proj.weight": [HIDDEN, HIDDEN] for index in range(heads - 1)}
+        shapes["lm_head.weight"] = [VOCABULARY, HIDDEN]
+        for index in range(BLOCKS):
+            shapes |= block_shapes(f"model.layers.{index}")
+        for index in range(heads - 1):
+            shapes |= block_shapes(f"mtp_heads.{index}")
         write_safetensors(self.path(f"{name}/model.safetensors"), shapes)
 
     def edit_json(self, name: str, **changes: object) -> None:
         """Set keys of a JSON file; None removes one."""
         content = json.loads(self.path(name).read_text()) | changes
         self.write_json(name, {key: value for key, value in content.items() if value is not None})
+
+    def edit_weights(self, name: str, changes: Mapping[str, list[int] | None]) -> None:
+        """Set shapes of tensors of a model's folder; None removes one."""
+        path = self.path(f"{name}/model.safetensors")
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        shapes = {tensor: entry["shape"] for tensor, entry in header.items()} | changes
+        write_safetensors(path, {tensor: shape for tensor, shape in shapes.items() if shape is not None})
 
     def write_critic(self, name: str = "critic/value_head.safetensors", hidden: int = HIDDEN, **changes: str) -> None:
         metadata = {

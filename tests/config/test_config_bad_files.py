@@ -25,35 +25,35 @@ MODELS: dict[str, tuple[str, Break, str, str, str]] = {
         lambda w: w.path("models/policy/config.json").unlink(),
         "models.policy.path",
         "config.json is missing",
-        "wmtp-ds model import SOURCE models/policy",
+        "copy the model again",
     ),
     "config.json is no JSON": (
         "critic",
         lambda w: w.write("models/policy/config.json", "{"),
         "models.policy.path",
         "config.json cannot be read",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "config.json is a list": (
         "critic",
         lambda w: w.write("models/policy/config.json", "[]"),
         "models.policy.path",
         "no JSON object",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "config.json is null": (
         "critic",
         lambda w: w.write("models/policy/config.json", "null"),
         "models.policy.path",
         "no JSON object",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "tokenizer is null": (
         "critic",
         lambda w: w.write("models/policy/tokenizer.json", "null"),
         "models.policy.path",
         "holds no vocabulary",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "another architecture": (
         "baseline",
@@ -74,35 +74,35 @@ MODELS: dict[str, tuple[str, Break, str, str, str]] = {
         lambda w: w.edit_json("models/policy/config.json", n_future_tokens=0),
         "models.policy.path",
         "says n_future_tokens = 0; it must be a whole number of at least 1",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "more heads than weights": (
         "baseline",
         lambda w: w.edit_json("models/policy/config.json", n_future_tokens=4),
         "models.policy.path",
         "no weights of head mtp_heads.1, though config.json says n_future_tokens = 4",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "no trunk": (
         "baseline",
         lambda w: w.edit_json("models/policy/config.json", num_hidden_layers=1),
         "models.policy.path",
         "says num_hidden_layers = 1",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "more blocks than weights": (
         "baseline",
         lambda w: w.edit_json("models/policy/config.json", num_hidden_layers=9),
         "models.policy.path",
         "no weights of block model.layers.3",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "no weights": (
         "baseline",
         lambda w: w.path("models/policy/model.safetensors").unlink(),
         "models.policy.path",
         "no safetensors weights",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "truncated weights": (
         "baseline",
@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[str, Break, str, str, str]] = {
         ),
         "models.policy.path",
         "model.safetensors is damaged",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "missing shard": (
         "baseline",
@@ -120,28 +120,28 @@ MODELS: dict[str, tuple[str, Break, str, str, str]] = {
         ),
         "models.policy.path",
         "shard-1.safetensors is missing",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "embeddings of another size": (
         "baseline",
         lambda w: w.edit_json("models/policy/config.json", vocab_size=7),
         "models.policy.path",
         "model.embed_tokens.weight is of shape [6, 4]; config.json says [7, 4]",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "no tokenizer": (
         "baseline",
         lambda w: w.path("models/policy/tokenizer.json").unlink(),
         "models.policy.path",
         "tokenizer.json is missing",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "tokenizer without a vocabulary": (
         "baseline",
         lambda w: w.write_json("models/policy/tokenizer.json", {"model": {}}),
         "models.policy.path",
         "holds no vocabulary",
-        "wmtp-ds model import",
+        "copy the model again",
     ),
     "tokenizer larger than the embeddings": (
         "baseline",
@@ -169,7 +169,7 @@ MODELS: dict[str, tuple[str, Break, str, str, str]] = {
         lambda w: w.path("models/reference/model.safetensors").unlink(),
         "models.reference.path",
         "models/reference has no safetensors weights",
-        "wmtp-ds model import SOURCE models/reference",
+        "copy the model again",
     ),
 }
 
@@ -191,7 +191,11 @@ def test_bad_model(workspace, name):
     [
         ("storage/models/micro-policy", "wmtp-ds model micro"),
         ("./storage/models/micro-policy/", "wmtp-ds model micro"),
-        ("storage/models/meta-llama-mtp", "wmtp-ds model import SOURCE storage/models/meta-llama-mtp"),
+        (
+            "storage/models/meta-llama-mtp",
+            "put the model there: a folder with config.json (n_future_tokens), safetensors and tokenizer; "
+            "to try without it: wmtp-ds model micro, then --config stage_configs/local/baseline.toml",
+        ),
     ],
 )
 def test_missing_model_names_path_and_command(workspace, path, command):
@@ -209,7 +213,8 @@ def test_missing_model_names_path_and_command(workspace, path, command):
     [
         ("storage/data/sample/train.jsonl", "make it: wmtp-ds data sample"),
         ("storage/data/mbpp/x.jsonl", "wmtp-ds data import mbpp --input FILE --output storage/data/mbpp"),
-        ("storage/data/cc/x.jsonl", "wmtp-ds data import SOURCE --input FILE --output storage/data/cc"),
+        ("storage/data/cc/x.jsonl", 'JSONL, each line {"problem_id": "1", "instruction": '),
+        ("storage/data/cc/x.jsonl", "wmtp-ds data sample, wmtp-ds data import mbpp --input FILE --output DIR"),
     ],
 )
 def test_missing_data_names_path_and_command(workspace, path, command):
@@ -424,7 +429,7 @@ DEEPSPEED: dict[str, tuple[object, str]] = {
     ),
     "parameters of stage 2": (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-        "offloads parameters, which only stage 3 can",
+        "ds/zero3.json:3 has stage 2; no rank may need to hold the whole model, so it is trained with stage 3",
     ),
     "lax tags": (
         {"zero_optimization": ZERO, "checkpoint": {"tag_validation": "Warn"}},

@@ -225,7 +225,7 @@ def test_the_shipped_production_configs_say_what_is_missing(workspace):
         workspace.path(name).symlink_to(repository / name)
     found = run("validate", "stage_configs/critic.toml", code=2)
     assert "models.policy.path  (stage_configs/critic.toml:" in found.stderr
-    assert "wmtp-ds model import SOURCE storage/models/meta-llama-mtp" in found.stderr
+    assert "put the model there: a folder with config.json" in found.stderr
     found = run("validate", "stage_configs/local/verifiable.toml", code=2)
     assert "wmtp-ds model micro" in found.stderr
     assert "wmtp-ds data sample" in found.stderr

@@ -185,7 +185,7 @@ def test_bad_files_and_options(tmp_path: Path) -> None:
         (tmp_path / "none.jsonl", {}, "does not exist"),
         (tmp_path / "empty.jsonl", {}, "has no problems"),
         (tmp_path / "latin.jsonl", {}, "latin.jsonl:1: not UTF-8"),
-        (tmp_path / "folder", {}, "train.jsonl: cannot be read: No such file"),
+        (tmp_path / "folder", {}, "folder: has no train.jsonl: give --input a folder with train.jsonl and valid"),
         (tmp_path / "folder", {"validation": good}, "do not go with a folder"),
         (good, {"validation": good, "validation_fraction": 0.5}, "exclude each other"),
         (good, {"validation": good}, "every training problem is a validation problem"),
@@ -195,6 +195,21 @@ def test_bad_files_and_options(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             import_mbpp(source, out, **options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_a_reference_that_passes_is_an_error(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "validation"):
+        _write(tmp_path / "in" / f"{name}.jsonl", FAILING if name == split else _task(1))
+    with pytest.raises(SystemExit) as end:
+        main(["data", "import", "mbpp", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: {split}: none of 1 reference solutions passes its tests" in said
+    assert "First: mbpp-6: wrong: test 1 of 3: add(0) gave 0, not 6" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,7 +272,7 @@ def test_no_model_on_disk(tmp_path: Path, workspace: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert said.count("storage/models/meta-llama-mtp does not exist") == 1
-    assert "wmtp-ds model import SOURCE storage/models/meta-llama-mtp" in said
+    assert "wmtp-ds model micro, then --config stage_configs/local/rho1.toml" in said
     assert "storage/models/ref-sheared-llama-2.7b does not exist" in said
     assert "Traceback" not in said
     assert not (tmp_path / "checkpoints").exists()

@@ -73,7 +73,7 @@ def test_a_command_of_the_readme(typed: dict[str, subprocess.CompletedProcess[st
     assert "Traceback" not in said
     if missing:
         assert "storage/models/meta-llama-mtp does not exist" in said
-        assert "wmtp-ds model import" in said
+        assert "wmtp-ds model micro, then --config stage_configs/local/" in said
 
 
 def test_the_demo_trains_four_stages(typed: dict[str, subprocess.CompletedProcess[str]], checkout: Path) -> None:

@@ -211,6 +211,8 @@ def test_says_what_was_made(made, tmp_path, capsys):
         (["--data", "broken.jsonl"], "broken.jsonl:1: not JSON"),
         (["--output", "good.jsonl"], "--output good.jsonl: cannot be written"),
         (["--seed", "x"], "'x' is not a valid integer"),
+        (["--seed", "9223372036854775808"], "9223372036854775808 is not in the range 0<=x<=9223372036854775807"),
+        (["--seed", "-1"], "-1 is not in the range"),
     ],
 )
 def test_wrong_usage(tmp_path, monkeypatch, capsys, options, part):

@@ -346,6 +346,10 @@ CONFIG_FAULTS = {
     "zero heads": (edit_config(n_future_tokens=0), ["config.json", "n_future_tokens >= 1, not 0"]),
     "half a head": (edit_config(n_future_tokens=1.5), ["config.json", "n_future_tokens >= 1, not 1.5"]),
     "no blocks": (edit_config(num_hidden_layers=0), ["config.json", "num_hidden_layers >= 1, not 0"]),
+    "a block too few": (
+        edit_config(num_hidden_layers=2),
+        ["weights hold model.layers.2", "config.json says num_hidden_layers = 2"],
+    ),
     "blocks a text": (edit_config(num_hidden_layers="3"), ["config.json", "num_hidden_layers"]),
     "heads do not divide": (edit_config(num_attention_heads=5), ["config.json", "attention heads"]),
     "no attention heads": (edit_config(num_attention_heads=0), ["config.json describes no Llama"]),

@@ -183,13 +183,12 @@ def _check_trunk(context: Context, head: Head, name: str) -> None:
     mend = "use a critic that was trained on this policy"
     try:
         trunk = read_trunk_fingerprint(Path(policy))
-    except UserError as error:
-        context.report("models.policy.path", str(error), "import the model again")
-        return
+    except UserError:
+        return  # check_policy has said what is wrong
     stored = head.metadata.get("trunk_fingerprint")
     if trunk is None:
         message = f"{policy} has no trunk_fingerprint.json: nobody can tell whether the critic fits its trunk"
-        context.warn("models.policy.path", message, "import the model again to have it computed")
+        context.warn("models.policy.path", message, "training computes it before it starts")
     elif not stored:
         context.warn(KEY, f"{name} does not say which trunk it was trained on", mend)
     elif stored != trunk:

@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-from wmtp_ds.config.context import Check, Context
+from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.errors import UserError
 
 _ROWS = 20  # read of each file; the rest is checked when the index is built
+# What tells a run's folder from any other one, besides its checkpoints; as in wmtp_ds/run_folder.py, which needs torch.
+RUN_SIGNS = (".lock", "config.toml", "metrics.jsonl", "run.json", "latest")
 
 
 def check_dataset(context: Context) -> None:
@@ -15,26 +17,30 @@ def check_dataset(context: Context) -> None:
         path = context.path(key)
         if path is None:
             continue
-        if not os.path.isfile(path):
-            what = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+        if what := why_no_file(path):
             context.report(key, f"{path} {what}", how_to_get_data(path))
         else:
             _check_rows(context, key, path)
 
 
 def how_to_get_data(path: str) -> str:
-    """The command that makes or imports a data file."""
+    """The command that makes or imports a data file; for other data, what belongs there."""
     folder = os.path.dirname(os.path.normpath(path)) or "."
     if folder == "storage/data/sample":
         return "make it: wmtp-ds data sample"
-    source = "mbpp" if "mbpp" in folder.lower() else "SOURCE"
-    return f"import it: wmtp-ds data import {source} --input FILE --output {folder}"
+    if "mbpp" in folder.lower():
+        return f"import it: wmtp-ds data import mbpp --input FILE --output {folder}"
+    return (
+        'put the file there: JSONL, each line {"problem_id": "1", "instruction": "...", "output": "...", '
+        '"is_correct": true}; such files come from: wmtp-ds data sample, '
+        "wmtp-ds data import mbpp --input FILE --output DIR"
+    )
 
 
 def _check_rows(context: Context, key: str, path: str) -> None:
     from wmtp_ds.data.rows import parse_row, read_lines
 
-    mend = "correct the line, or import the data again"
+    mend = "correct the line, or make the file again"
     rows = 0
     try:
         with open(path, "rb") as file:
@@ -46,7 +52,7 @@ def _check_rows(context: Context, key: str, path: str) -> None:
                     parse_row(line, Path(path), number)
                 except UserError as error:
                     context.report(key, str(error), mend)
-                if rows == _ROWS:
+                if rows == _ROWS or not _is_text(line):  # nothing new would be said of a compressed file's lines
                     break
     except UserError as error:
         context.report(key, str(error), mend)
@@ -57,19 +63,49 @@ def _check_rows(context: Context, key: str, path: str) -> None:
             context.report(key, f"{path} is empty", how_to_get_data(path))
 
 
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def check_save_dir(context: Context) -> None:
-    """Checkpoints can be written."""
+    """Checkpoints can be written, into a folder of the run's own."""
     key = "checkpoint.save_dir"
     path = context.path(key)
     if path is None:
         return
     nearest = os.path.abspath(path)
-    while not os.path.exists(nearest):
+    while not os.path.lexists(nearest):
         nearest = os.path.dirname(nearest)
-    if not os.path.isdir(nearest):
-        context.report(key, f"{path} cannot be a folder: {nearest} is a file", "name another folder")
+    if not os.path.exists(nearest):
+        what = f"cannot be a folder: {nearest} is a symbolic link that leads nowhere"
+    elif not os.path.isdir(nearest):
+        what = f"cannot be a folder: {nearest} is a file"
     elif not os.access(nearest, os.W_OK | os.X_OK):
-        context.report(key, f"{path} cannot be written: no permission in {nearest}", "name another folder")
+        what = f"cannot be written: no permission in {nearest}"
+    else:
+        what = _why_not_a_runs_folder(path) if os.path.isdir(path) else ""
+    if what:
+        context.report(key, f"{path} {what}", "name another folder, one for each run")
+
+
+def _why_not_a_runs_folder(path: str) -> str:
+    """What else a folder is; "" for a run's and for an empty one. A new run moves what is there aside."""
+    here = Path.cwd()
+    if here.is_relative_to(os.path.realpath(path)):
+        return "holds the current directory"
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    is_run = any(os.path.exists(os.path.join(path, name)) for name in RUN_SIGNS)
+    is_run = is_run or any(Path(path).glob("step_*/manifest.json"))
+    if is_run or all(name.startswith(".") for name in names):
+        return ""
+    return "holds other files, but no run"
 
 
 DATA_CHECKS: tuple[Check, ...] = (check_dataset, check_save_dir)

@@ -6,27 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmtp_ds.config.context import Check, Context
+from wmtp_ds.config.check_weights import check_weights, how_to_mend_model, is_micro, read_architecture
+from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.fingerprint import stored_tensors
+from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 
 _UNREADABLE = object()
-_MICRO = "storage/models/micro-"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a tokenizer.json says of its vocabulary: the token of each id."""
+    """What a tokenizer.json says of its vocabulary: the token of each id. ``key`` names its folder."""
 
+    key: str
     path: Path
     tokens: dict[int, str]
 
 
-def how_to_get_model(path: str) -> str:
-    """The command that makes or imports a model folder."""
-    if os.path.normpath(path).startswith(_MICRO):
+def how_to_get_model(context: Context, key: str) -> str:
+    """What to do for a model's folder that is not there."""
+    if is_micro(context.path(key) or ""):
         return "make it: wmtp-ds model micro"
-    return f"import it: wmtp-ds model import SOURCE {path}"
+    config = "config.json (n_future_tokens)" if key == "models.policy.path" else "config.json"
+    stage = context.training.stage if context.training else "STAGE"
+    return (
+        f"put the model there: a folder with {config}, safetensors and tokenizer; to try without it: "
+        f"wmtp-ds model micro, then --config stage_configs/local/{stage}.toml"
+    )
 
 
 def check_policy(context: Context) -> None:
@@ -35,10 +41,11 @@ def check_policy(context: Context) -> None:
     config = read_model_config(context, key)
     if config is None:
         return
-    shape = _check_shape(context, key, config)
-    if shape:
-        _check_weights(context, key, config, *shape)
+    model = read_architecture(context, key, config)
+    if model:
+        check_weights(context, key, model)
     _check_tokenizer_fits(context, "policy", config)
+    _check_fingerprint(context, key)
     _check_length(context, config)
 
 
@@ -50,7 +57,9 @@ def check_reference(context: Context) -> None:
     config = read_model_config(context, key)
     if config is None:
         return
-    _tensors(context, key)
+    model = read_architecture(context, key, config, heads=1, least_blocks=1)
+    if model:
+        check_weights(context, key, model)
     mine = _check_tokenizer_fits(context, "reference", config)
     policy = read_tokenizer(context, "policy", silent=True)  # check_policy says what is wrong with it
     if mine and policy:
@@ -74,11 +83,12 @@ def read_model_config(context: Context, key: str, *, reward: bool = False) -> di
     path = context.path(key)
     if path is None:
         return None
-    mend = how_to_get_model(path) if not reward else "download the reward model into this folder"
     if not os.path.isdir(path):
         what = "is a file, not a model's folder" if os.path.exists(path) else "does not exist"
-        context.report(key, f"{path} {what}", mend)
+        get = "put the reward model into this folder" if reward else how_to_get_model(context, key)
+        context.report(key, f"{path} {what}", get)
         return None
+    mend = how_to_mend_model(path)
     config = _read_json(context, key, os.path.join(path, "config.json"), mend)
     if config is _UNREADABLE:
         return None
@@ -90,34 +100,25 @@ def read_model_config(context: Context, key: str, *, reward: bool = False) -> di
 
 def _read_json(context: Context, key: str, path: str, mend: str) -> Any:
     """The content of a JSON file; ``_UNREADABLE`` once it is reported what is wrong."""
+    if not os.path.exists(path):
+        context.report(key, f"{path} is missing", mend)
+        return _UNREADABLE
+    if what := why_no_file(path):
+        context.report(key, f"{path} {what}", mend)
+        return _UNREADABLE
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except FileNotFoundError:
-        context.report(key, f"{path} is missing", mend)
     except (OSError, ValueError, RecursionError) as error:
         context.report(key, f"{path} cannot be read: {error}", mend)
     return _UNREADABLE
 
 
-def _check_shape(context: Context, key: str, config: dict[str, Any]) -> tuple[int, int] | None:
-    """(blocks, heads) of the policy."""
-    file = f"{context.path(key)}/config.json"
-    kind = config.get("model_type")
-    if kind != "llama":
-        context.report(key, f'{file} says model_type = {json.dumps(kind)}; policies are "llama"', "use a Llama model")
-        return None
-    heads, blocks = config.get("n_future_tokens"), config.get("num_hidden_layers")
-    if heads is None:
-        mend = 'add "n_future_tokens": 1 to train it as a plain next-token model, or import it again'
-        context.report(key, f"{file} does not say n_future_tokens, the number of heads", mend)
-        return None
-    for name, value, least in (("n_future_tokens", heads, 1), ("num_hidden_layers", blocks, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            message = f"{file} says {name} = {json.dumps(value)}; it must be a whole number of at least {least}"
-            context.report(key, message, how_to_get_model(context.path(key) or ""))
-            return None
-    return int(blocks or 0), int(heads)
+def _check_fingerprint(context: Context, key: str) -> None:
+    try:
+        read_trunk_fingerprint(Path(context.path(key) or ""))
+    except UserError as error:
+        context.report(key, str(error), "delete the file: training makes it again")
 
 
 def _check_length(context: Context, config: dict[str, Any]) -> None:
@@ -126,40 +127,6 @@ def _check_length(context: Context, config: dict[str, Any]) -> None:
     if isinstance(positions, int) and isinstance(length, int) and length > positions:
         message = f"is {length}, but {context.path('models.policy.path')}/config.json says positions up to {positions}"
         context.warn("dataset.max_length", message, f"lower it to {positions}, or expect poor predictions beyond")
-
-
-def _tensors(context: Context, key: str) -> dict[str, tuple[int, ...]] | None:
-    """Name and shape of every tensor in a model folder."""
-    path = context.path(key) or ""
-    try:
-        return {name: tensor.shape for name, tensor in stored_tensors(Path(path)).items()}
-    except UserError as error:
-        context.report(key, str(error), how_to_get_model(path))
-        return None
-
-
-def _check_weights(context: Context, key: str, config: dict[str, Any], blocks: int, heads: int) -> None:
-    """The weights hold as many blocks and heads as config.json says, and its embeddings."""
-    shapes = _tensors(context, key)
-    if shapes is None:
-        return
-    path = context.path(key) or ""
-    found = {tuple(name.split(".")[:3]) for name in shapes}
-    for what, wanted in (
-        ("block", [("model", "layers", str(index)) for index in range(blocks)]),
-        ("head", [("mtp_heads", str(index)) for index in range(heads - 1)]),
-    ):
-        missing = [name for name in wanted if not any(known[: len(name)] == name for known in found)]
-        if missing:
-            total = f"num_hidden_layers = {blocks}" if what == "block" else f"n_future_tokens = {heads}"
-            message = f"{path} has no weights of {what} {'.'.join(missing[0])}, though config.json says {total}"
-            context.report(key, message, how_to_get_model(path))
-    expected = (config.get("vocab_size"), config.get("hidden_size"))
-    embeddings = shapes.get("model.embed_tokens.weight")
-    if embeddings != expected:
-        held = f"of shape {list(embeddings)}" if embeddings else "missing"
-        message = f"{path}: model.embed_tokens.weight is {held}; config.json says {list(expected)}"
-        context.report(key, message, how_to_get_model(path))
 
 
 def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tokenizer | None:
@@ -175,12 +142,12 @@ def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tok
     if key.endswith("tokenizer_path") and not os.path.isdir(folder):
         context.report(key, f"{folder} does not exist", "name a folder with a tokenizer.json, or remove the key")
     else:
-        content = _read_json(context, key, str(path), how_to_get_model(folder))
+        content = _read_json(context, key, str(path), how_to_mend_model(folder))
         tokens = _vocabulary(content)
         if tokens:
-            return Tokenizer(path, tokens)
+            return Tokenizer(key, path, tokens)
         if content is not _UNREADABLE:
-            context.report(key, f"{path} holds no vocabulary", how_to_get_model(folder))
+            context.report(key, f"{path} holds no vocabulary", how_to_mend_model(folder))
     if silent:
         del context.problems[problems:]
     return None
@@ -202,25 +169,16 @@ def _vocabulary(content: Any) -> dict[int, str]:
 
 
 def _check_tokenizer_fits(context: Context, model: str, config: dict[str, Any]) -> Tokenizer | None:
-    key = f"models.{model}.path"
+    """The model embeds every token; its tokenizer, or None once it is reported what is wrong."""
     tokenizer = read_tokenizer(context, model)
     size = config.get("vocab_size")
-    if isinstance(size, bool) or not isinstance(size, int):
-        message = f"{context.path(key)}/config.json says vocab_size = {json.dumps(size)}, which is no number"
-        context.report(key, message, how_to_get_model(context.path(key) or ""))
-    elif tokenizer:
-        _check_vocabulary(context, key, size, tokenizer)
-    return tokenizer
-
-
-def _check_vocabulary(context: Context, key: str, size: int, tokenizer: Tokenizer) -> None:
-    highest = max(tokenizer.tokens)
-    if highest >= size:
+    if tokenizer and type(size) is int and (highest := max(tokenizer.tokens)) >= size:
         message = (
-            f"{context.path(key)} embeds {size} tokens, but {tokenizer.path} has one of id {highest}: "
-            f"{json.dumps(tokenizer.tokens[highest])}"
+            f"{context.path(f'models.{model}.path')} embeds {size} tokens, but {tokenizer.path} has one of id "
+            f"{highest}: {json.dumps(tokenizer.tokens[highest])}"
         )
-        context.report(key, message, "name the tokenizer that belongs to the model")
+        context.report(tokenizer.key, message, "name the tokenizer that belongs to the model")
+    return tokenizer
 
 
 def _compare_tokenizers(context: Context, reference: Tokenizer, policy: Tokenizer) -> None:
@@ -233,7 +191,7 @@ def _compare_tokenizers(context: Context, reference: Tokenizer, policy: Tokenize
         for tokenizer in (reference, policy)
     )
     context.report(
-        "models.reference.path",
+        reference.key,
         f"its tokenizer is not the policy's: token {first} is {theirs} in {reference.path}, "
         f"but {ours} in {policy.path}",
         "use a reference model with the policy's tokenizer",

@@ -67,6 +67,15 @@ class Context:
 Check = Callable[[Context], None]
 
 
+def why_no_file(path: str) -> str:
+    """What keeps a path from being read as a file, "" for a regular file: a pipe or a device would never end."""
+    if os.path.isfile(path):
+        return ""
+    if os.path.isdir(path):
+        return "is a folder, not a file"
+    return "is not a regular file" if os.path.exists(path) else "does not exist"
+
+
 def _parse(key: str) -> KeyPath:
     path = parse_key(key)
     assert path, f"{key} is no key"

@@ -1,11 +1,12 @@
 """DeepSpeed's JSON files: what they must and must not say, and how the TOML's values are put into them."""
 
 import json
-import os
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from wmtp_ds.config.context import Check, Context
+from wmtp_ds.config.context import Check, Context, why_no_file
+from wmtp_ds.config.deepspeed_keys import OWNED, TOP_KEYS, ZERO_KEYS
 from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.config.positions import json_lines
 from wmtp_ds.config.schema import ModelConfig, RunConfig
@@ -13,63 +14,7 @@ from wmtp_ds.config.schema import ModelConfig, RunConfig
 CONFIG = "deepspeed.config"
 REFERENCE_CONFIG = "deepspeed.reference_config"
 
-# Keys of DeepSpeed's JSON that the TOML owns -> the TOML's keys.
-OWNED = {
-    "train_batch_size": ("training.batch_size", "training.gradient_accumulation_steps"),
-    "train_micro_batch_size_per_gpu": ("training.batch_size",),
-    "gradient_accumulation_steps": ("training.gradient_accumulation_steps",),
-    "gradient_clipping": ("training.max_grad_norm",),
-    "fp16": ("models.policy.dtype", "runtime.mixed_precision"),
-    "bf16": ("models.policy.dtype", "runtime.mixed_precision"),
-    "bfloat16": ("models.policy.dtype", "runtime.mixed_precision"),
-    "amp": ("models.policy.dtype", "runtime.mixed_precision"),
-    "torch_autocast": ("models.policy.dtype", "runtime.mixed_precision"),
-    "optimizer": ("training.optimizer", "training.learning_rate"),
-    "scheduler": ("training.scheduler", "training.warmup_ratio"),
-    "steps_per_print": ("training.log_interval",),
-}
-
 _ZERO = "zero_optimization"
-# A misspelt key in this section is refused by DeepSpeed, on every rank and without a line.
-_ZERO_KEYS = (
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "compute_grad_norm",
-    "load_from_fp32_weights",
-    "elastic_checkpoint",
-    "offload_param",
-    "offload_optimizer",
-    "zenflow",
-    "sub_group_size",
-    "cpu_offload_param",
-    "cpu_offload_use_pin_memory",
-    "cpu_offload",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params",
-    "stage3_allgather_sequential",
-    "ignore_unused_parameters",
-    "round_robin_gradients",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "mics_shard_size",
-    "memory_efficient_linear",
-    "log_trace_cache_warnings",
-    "leaf_module",
-)
 _DEVICES = ("cpu", "nvme", "none")
 
 
@@ -100,7 +45,7 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str]:
     with open(path, encoding="utf-8-sig") as file:
         text = file.read()
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(values, dict):
@@ -108,15 +53,23 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str]:
     return values, text
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:  # of which json would keep the last
+            raise ValueError(f'the key "{name}" stands twice in one object')
+    return dict(pairs)
+
+
 def _open(context: Context, key: str) -> _File | None:
     path = context.path(key)
     if path is None:
         return None
     mend = "name one of the files in ds_configs/"
-    if not os.path.isfile(path):
-        what = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+    if what := why_no_file(path):
         context.report(key, f"{path} {what}", mend)
         return None
+    mend = "correct it, or name one of the files in ds_configs/"
     try:
         values, text = read_deepspeed(path)
     except json.JSONDecodeError as error:
@@ -135,11 +88,7 @@ def check_config(context: Context) -> None:
     file = _open(context, CONFIG)
     if file is None:
         return
-    _check_owned(file)
-    _check_auto(file)
-    stage = _check_zero(file)
-    if stage is not None and stage < 3 and (file.zero or {}).get("offload_param"):
-        file.report((_ZERO, "offload_param"), "offloads parameters, which only stage 3 can", "set stage 3")
+    _check_all(file, "no rank may need to hold the whole model, so it is trained with stage 3")
 
 
 def check_reference_config(context: Context) -> None:
@@ -149,18 +98,25 @@ def check_reference_config(context: Context) -> None:
     file = _open(context, REFERENCE_CONFIG)
     if file is None:
         return
-    _check_owned(file)
-    _check_auto(file)
-    stage = _check_zero(file)
-    if stage is not None and stage != 3:
-        file.report(
-            (_ZERO, "stage"),
-            f"has stage {stage}; a model without an optimizer needs stage 3",
-            'write "stage": 3, as in ds_configs/zero3_reference.json',
-        )
+    _check_all(file, "a model without an optimizer needs stage 3")
     if (file.zero or {}).get("offload_optimizer"):
         message = "offloads an optimizer, but the reference model is frozen and has none"
         file.report((_ZERO, "offload_optimizer"), message, "remove offload_optimizer")
+
+
+def _check_all(file: _File, why_stage_3: str) -> None:
+    """What is asked of both files."""
+    for name in file.values:
+        if name not in TOP_KEYS and not (name.startswith("zero") and _ZERO not in file.values):
+            _report_unknown(file, (name,), TOP_KEYS)
+    _check_owned(file)
+    _check_leaves(file)
+    _check_zero(file, why_stage_3)
+
+
+def _report_unknown(file: _File, where: tuple[str, ...], known: tuple[str, ...]) -> None:
+    message = f'sets "{".".join(where)}", which DeepSpeed does not know'
+    file.report(where, message, did_you_mean(where[-1], known) or "remove it")
 
 
 def _check_owned(file: _File) -> None:
@@ -179,33 +135,38 @@ def _check_owned(file: _File) -> None:
         file.report(("checkpoint", "tag_validation"), message, "remove it")
 
 
-def _check_auto(file: _File) -> None:
-    for where in _auto_values(file.values, ()):
-        file.report(
-            where, f'has "auto" for {".".join(where)}, which only the Hugging Face Trainer fills in', "remove it"
-        )
+def _check_leaves(file: _File) -> None:
+    for where, value in _leaves(file.values, ()):
+        name = ".".join(where)
+        if value == "auto":
+            file.report(where, f'has "auto" for {name}, which only the Hugging Face Trainer fills in', "remove it")
+        elif isinstance(value, float) and not math.isfinite(value):
+            file.report(where, f"has {json.dumps(value)} for {name}, which is no number", "write a number")
 
 
-def _auto_values(value: Any, where: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if value == "auto":
-        yield where
-    elif isinstance(value, dict):
+def _leaves(value: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each value that is neither object nor array, with its key; an array's items have the array's."""
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield from _auto_values(item, (*where, name))
+            yield from _leaves(item, (*where, name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, where)
+    else:
+        yield where, value
 
 
-def _check_zero(file: _File) -> int | None:
-    """The ZeRO stage, or None once it is reported what is wrong with its section."""
+def _check_zero(file: _File, why_stage_3: str) -> None:
     zero = file.zero
     if zero is None:
         hint = did_you_mean(_ZERO, [name for name in file.values if name != _ZERO])
         found = f" ({hint.removeprefix('did you mean ').rstrip('?')} is there)" if hint else ""
         message = f'has no "{_ZERO}" section{found}' if _ZERO not in file.values else f'"{_ZERO}" is no object'
         file.report((_ZERO,), message, f'write "{_ZERO}": {{"stage": 3}}')
-        return None
+        return
     for name in zero:
-        if name not in _ZERO_KEYS and (hint := did_you_mean(name, _ZERO_KEYS)):
-            file.report((_ZERO, name), f'sets "{_ZERO}.{name}", which DeepSpeed does not know', hint)
+        if name not in ZERO_KEYS:
+            _report_unknown(file, (_ZERO, name), ZERO_KEYS)
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name)
         if isinstance(section, dict):
@@ -217,8 +178,8 @@ def _check_zero(file: _File) -> int | None:
         file.report((_ZERO,), f'"{_ZERO}" has no stage', 'write "stage": 3')
     elif isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         file.report((_ZERO, "stage"), f"has the unknown ZeRO stage {json.dumps(stage)}", 'write "stage": 3')
-        return None
-    return stage
+    elif stage != 3:
+        file.report((_ZERO, "stage"), f"has stage {stage}; {why_stage_3}", 'write "stage": 3')
 
 
 def _check_offload(file: _File, name: str, section: dict[str, Any]) -> None:

@@ -58,6 +58,9 @@ class Layers:
         for depth, part in enumerate(path[:-1]):
             _check_index(node, part, path[:depth])
             found, child = look_up(node, (part,))
+            declared = declared_at(path[: depth + 1])
+            if found and not isinstance(child, dict) and declared and declared.is_table:
+                return  # the schema refuses what stands there; a table in its place would hide that
             if not found or not isinstance(child, dict | list):
                 child = [] if isinstance(path[depth + 1], int) else {}
                 self._put(node, part, child, path[:depth], origin)

@@ -150,6 +150,12 @@ def _read_input(
             raise UserError(
                 "--validation and --validation-fraction do not go with a folder, whose validation.jsonl is used"
             )
+        for name in ("train.jsonl", "validation.jsonl"):
+            if not (source / name).exists():
+                raise UserError(
+                    f"{source}: has no {name}: give --input a folder with train.jsonl and validation.jsonl, or one "
+                    "file in MBPP's JSONL format"
+                )
         train, held = read_mbpp(source / "train.jsonl"), read_mbpp(source / "validation.jsonl")
     elif validation is not None:
         if fraction is not None:
@@ -205,6 +211,7 @@ def import_mbpp(
     manifest = finished(output, made_from)
     if manifest is not None:
         return {**manifest["summary"], "reused": True}
+    was_there = output.exists()
     prepare_folder(output)
     edges = quantile_edges([_length(task) for task in train])
     on_start(len(train) + len(held))
@@ -219,9 +226,21 @@ def import_mbpp(
             on_done=on_done,
         )
         files[f"{name}.jsonl"] = [row for of_problem in rows for row in of_problem]
+        if not files[f"{name}.jsonl"]:
+            if not was_there:
+                output.rmdir()
+            raise UserError(_nothing_passed(name, len(tasks), report))
         summary[name] = {**counts(files[f"{name}.jsonl"]), **_told(report)}
     write_dataset(output, files, made_from, summary)
     return {**summary, "reused": False}
+
+
+def _nothing_passed(name: str, problems: int, report: Report) -> str:
+    first = report.references_failed[0] if report.references_failed else "there was none to run"
+    return (
+        f"{name}: none of {problems} reference solutions passes its tests, so there are no rows to write: give "
+        f"problems whose code passes. First: {first}"
+    )
 
 
 def _told(report: Report) -> dict[str, Any]:

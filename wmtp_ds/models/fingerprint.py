@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         try:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged: {error}. Import the model again.") from None
+            raise UserError(f"{index} is damaged: {error}. Copy the model again.") from None
     else:
         files = sorted(folder.glob("*.safetensors"))
         files = [file for file in files if file.name != "value_head.safetensors"]
     if not files:
-        raise UserError(f"{folder} has no safetensors weights. Import the model again.")
+        raise UserError(f"{folder} has no safetensors weights. Copy the model again.")
     return {name: tensor for file in files for name, tensor in _header(file).items()}
 
 
@@ -74,11 +74,11 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
         return _laid_out(file, header, 8 + length, size)
     except FileNotFoundError:
-        raise UserError(f"weights file {file} is missing. Import or copy the model again.") from None
+        raise UserError(f"weights file {file} is missing. Copy the model again.") from None
     except struct.error:
-        raise UserError(f"weights file {file} is damaged: it is cut short. Import or copy the model again.") from None
+        raise UserError(f"weights file {file} is damaged: it is cut short. Copy the model again.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights file {file} is damaged: {error}. Import or copy the model again.") from None
+        raise UserError(f"weights file {file} is damaged: {error}. Copy the model again.") from None
 
 
 def _laid_out(file: Path, header: Any, start: int, size: int) -> dict[str, StoredTensor]:
@@ -126,6 +126,12 @@ def is_trunk(name: str, num_hidden_layers: int) -> bool:
     return int(parts[2]) < num_hidden_layers - 1
 
 
+def numbers_of(names: Iterable[str], holder: str) -> set[int]:
+    """The numbers ``i`` of which there are tensors ``<holder>.<i>.…``, as of the blocks in ``model.layers``."""
+    item = re.compile(rf"{re.escape(holder)}\.(\d{{1,9}})\.", re.ASCII)
+    return {int(match[1]) for name in names if (match := item.match(name))}
+
+
 def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
@@ -133,7 +139,7 @@ def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
         while remaining:
             chunk = stream.read(min(_READ_BYTES, remaining))
             if not chunk:
-                raise UserError(f"weights file {tensor.file} is too short. Import or copy the model again.")
+                raise UserError(f"weights file {tensor.file} is too short. Copy the model again.")
             remaining -= len(chunk)
             yield chunk
 
@@ -154,7 +160,7 @@ def compute_trunk_fingerprint(folder: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{config} is missing: {folder} is not a model folder.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} is damaged: {error}. Import the model again.") from None
+        raise UserError(f"{config} is damaged: {error}. Copy the model again.") from None
     digest = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(folder).items()):
         if is_trunk(name, layers):
@@ -189,4 +195,4 @@ def read_trunk_fingerprint(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / FILE_NAME} is damaged: {error}. Import the model again.") from None
+        raise UserError(f"{folder / FILE_NAME} is damaged: {error}. Delete it: it is made again.") from None

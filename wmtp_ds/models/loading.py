@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.fingerprint import StoredTensor, stored_tensors
+from wmtp_ds.models.fingerprint import StoredTensor, numbers_of, stored_tensors
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 SHARD_BYTES = 4_000_000_000
@@ -142,6 +142,13 @@ def _fill(model: MTPLlamaForCausalLM, folder: Path, sharding: Sharding) -> None:
     stored = stored_tensors(folder)
     # Names, dtypes and shapes are compared on every rank before anything is gathered: an error inside a collective
     # would leave the other ranks waiting.
+    blocks = model.config.num_hidden_layers
+    extra = sorted(number for number in numbers_of(stored, "model.layers") if number >= blocks)
+    if extra:  # which would be left out without a word
+        raise UserError(
+            f"{folder}: the weights hold model.layers.{extra[0]}, but config.json says num_hidden_layers = {blocks}. "
+            f"Set it to {extra[-1] + 1}, or copy the model again."
+        )
     parameters = dict(model.named_parameters())
     missing = sorted(parameters.keys() - stored.keys())
     if missing:
@@ -150,7 +157,7 @@ def _fill(model: MTPLlamaForCausalLM, folder: Path, sharding: Sharding) -> None:
         if stored[name].dtype not in _FLOATS:
             raise UserError(
                 f"{stored[name].file}: {name} is stored as {stored[name].dtype}: quantised weights cannot be trained. "
-                "Import the model in float32, bfloat16 or float16."
+                "Store the model in float32, bfloat16 or float16."
             )
         if stored[name].shape != sharding.shape(parameter):
             raise UserError(
