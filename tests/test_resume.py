@@ -20,12 +20,14 @@ def saved(checkout: Path, monkeypatch: pytest.MonkeyPatch):
     """A run of the baseline with a complete checkpoint of step 2 and a later one that lacks its manifest."""
     monkeypatch.chdir(checkout)
     root = Path("checkpoints/local-baseline")
+    config = resolve("baseline").toml()
     for step, complete in ((2, True), (4, False)):
         folder = root / f"step_{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "config.toml").write_text(resolve("baseline").toml())
+        (folder / "config.toml").write_text(config)
         if complete:
             (folder / "manifest.json").write_text("{}")
+    (root / "latest").write_text("step_00000002\n")
     yield root
     shutil.rmtree(root)
 
@@ -95,7 +97,7 @@ def test_what_may_change_is_said(saved: Path) -> None:
         resolve("baseline", "training.warmup_ratio=0.5", "training.max_steps=50", 'experiment.description="x"'),
         "auto",
     )
-    assert changed == ["training.max_steps was 40, now 50", "training.warmup_ratio was 0.03, now 0.5"]
+    assert changed == ["training.max_steps was 30, now 50", "training.warmup_ratio was 0.03, now 0.5"]
 
 
 def test_a_table_is_compared(saved: Path) -> None:

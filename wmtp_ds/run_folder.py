@@ -10,10 +10,7 @@ from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints, verify_manifest
 from wmtp_ds.errors import UserError
 from wmtp_ds.resume import checkpoint_folders, find_checkpoint
-from wmtp_ds.run_summary import SUMMARY, read_summary
-
-# What tells a run's folder from any other one: a folder without these is never moved aside.
-_SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
+from wmtp_ds.run_summary import RUN_SIGNS, read_summary
 
 
 class RunFolder:
@@ -42,7 +39,11 @@ class RunFolder:
             raise UserError(f"checkpoint.save_dir: cannot read {self.root}: {error}") from None
         if Path.cwd().is_relative_to(self.root.resolve()):
             raise UserError(f"checkpoint.save_dir: {self.root} holds the current directory. Give each run its own.")
-        if foreign and not any((self.root / name).exists() for name in _SIGNS) and not Checkpoints(self.root).steps():
+        if (
+            foreign
+            and not any((self.root / name).exists() for name in RUN_SIGNS)
+            and not Checkpoints(self.root).steps()
+        ):
             raise UserError(
                 f"checkpoint.save_dir: {self.root} holds other files, but no run. Give each run a folder of its own."
             )

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 SUMMARY = "run.json"
+# What tells a run's folder from any other one, besides its checkpoints: a folder without these is never moved aside.
+RUN_SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
 BEST, FINAL = "checkpoint_best", "checkpoint_final"
 
 

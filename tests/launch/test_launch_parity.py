@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import launcher, run
 from plain_torch import stage_loss, tokenize
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from wmtp_ds.config import load_config
-from wmtp_ds.launch import free_port
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.run_data import open_data
@@ -75,8 +74,7 @@ def start(root: Path, jobs: list[dict], ranks: int) -> None:
     file = root / f"jobs-{ranks}-{len(jobs)}-{len(list(root.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     driver = str(Path(__file__).with_name("driver.py"))
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), driver, str(file)]
-    done = run(command, root)
+    done = run([*launcher(ranks), driver, str(file)], root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all jobs done") == ranks
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import launcher, run
 from transformers import LlamaConfig
 
-from wmtp_ds.launch import free_port
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.loading import save_weights
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
@@ -40,11 +39,12 @@ def make_policy(folder: Path, tied: bool) -> MTPLlamaForCausalLM:
 def test_no_rank_ever_holds_the_whole_model(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {name: make_policy(tmp_path / name, tied=name == "tied") for name in ("untied", "tied")}
     driver = str(Path(__file__).with_name("load_sharded.py"))
-    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(free_port()), driver]
     # Freed blocks go back to the system at once, so that memory held and memory in use are the same.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     small = workspace / "storage/models/micro-policy"
-    done = run([*launcher, str(small), *(str(tmp_path / name) for name in models), str(tmp_path)], tmp_path)
+    done = run(
+        [*launcher(RANKS), driver, str(small), *(str(tmp_path / name) for name in models), str(tmp_path)], tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     for name, model in models.items():

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.errors import UserError
+from wmtp_ds.run_summary import RUN_SIGNS
 
 _ROWS = 20  # read of each file; the rest is checked when the index is built
-# What tells a run's folder from any other one, besides its checkpoints; as in wmtp_ds/run_folder.py, which needs torch.
-RUN_SIGNS = (".lock", "config.toml", "metrics.jsonl", "run.json", "latest")
 
 
 def check_dataset(context: Context) -> None:
