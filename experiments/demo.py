@@ -15,7 +15,7 @@ FIGURE = Path("checkpoints/demo.png")
 NEXT = """
 What to try next (each takes half a minute):
   wmtp-ds show stage_configs/local/verifiable.toml
-  wmtp-ds train --stage verifiable --config stage_configs/local/verifiable.toml --override experiment.name=sharper --override training.beta=0.3
+  wmtp-ds train --stage rho1 --config stage_configs/local/rho1.toml --override training.k_percent=0.3
   deepspeed bin/train_stage.py --stage rho1 --num_gpus 4 --config stage_configs/local/rho1.toml
   wmtp-ds validate stage_configs/critic.toml
   mlflow ui --backend-store-uri sqlite:///mlflow.db
