@@ -28,7 +28,7 @@ def model() -> None:
 )
 @click.option("--vocab-size", default=768, show_default=True, type=click.IntRange(min=259), help="Tokens.")
 @click.option("--n-future-tokens", default=4, show_default=True, type=click.IntRange(min=1), help="Heads.")
-@click.option("--hidden-size", default=96, show_default=True, type=click.IntRange(min=64), help="A multiple of 32.")
+@click.option("--hidden-size", default=64, show_default=True, type=click.IntRange(min=64), help="A multiple of 32.")
 @click.option("--trunk-layers", default=2, show_default=True, type=click.IntRange(min=1), help="Blocks before head 1.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the random weights.")
 @click.option("--json", "as_json", is_flag=True, help="Say what was made as JSON.")

@@ -56,11 +56,11 @@ def make_micro_models(
     template: str = "alpaca",
     vocab_size: int = 768,
     n_future_tokens: int = 4,
-    hidden_size: int = 96,
+    hidden_size: int = 64,
     trunk_layers: int = 2,
     seed: int = 0,
 ) -> tuple[int, int]:
-    """Write a random policy of about a million parameters, a reference of a third of that, and one tokenizer for both.
+    """Write a small random policy, a smaller reference, and one tokenizer for both.
 
     Args:
         data: JSONL file that the tokenizer learns from.
