@@ -103,6 +103,9 @@ def build_engine(resolved: Resolved, stage: Stage, critic: Path | None, total_st
     value_head = None
     if training.has_value_head:
         value_head = _build_value_head(resolved, policy.config.hidden_size, distributed.broadcast_object(critic))
+        # ZeRO-3 keeps all trained weights of a rank in one buffer, of one dtype; the head computes in float32 all the
+        # same, and its masters are float32.
+        value_head.to(policy.lm_head.weight.dtype)
     model = StageModel(policy, value_head, stage)
     groups = param_groups(
         model,

@@ -67,6 +67,11 @@ def runs(workspace: Path) -> Path:
         "[training]\nlate_weight = 3.0\n"
     )
     jobs.append(job("focal", "focal") | {"config": "focal.toml"})
+    half = ['models.policy.dtype="bfloat16"', 'mlflow.tracking_uri=""']
+    folder = 'experiment.critic_checkpoint="checkpoints/critic/checkpoint_best"'
+    jobs.append(job("verifiable", "verifiable-bf16", folder, *half))
+    jobs.append(job("critic", "critic-bf16", *half))
+    jobs.append(job("rho1", "rho1-bf16", *half, 'models.reference.dtype="bfloat16"'))
     # Started anew where a run has been: the earlier one moves aside.
     jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=2"))
     jobs.append(job("baseline", "baseline-again", 'mlflow.tracking_uri=""', "training.max_steps=3"))
@@ -195,6 +200,21 @@ def test_both_uri_forms_hand_over_the_same_critic(runs: Path) -> None:
     first = metrics(runs, "verifiable")[1]
     assert first["td/std"] > 0
     assert first["weight/std"] > 0
+
+
+@pytest.mark.parametrize("stage", ["verifiable", "critic", "rho1"])
+def test_bfloat16_trains_alike(runs: Path, stage: str) -> None:
+    half, full = metrics(runs, f"{stage}-bf16"), metrics(runs, stage)
+    for step in range(1, STEPS + 1):
+        assert half[step]["train/loss"] == pytest.approx(full[step]["train/loss"], rel=0.02)
+    exported = runs / "checkpoints" / f"{stage}-bf16" / "checkpoint_final"
+    if stage != "critic":
+        assert {t.dtype for t in load_file(exported / "model.safetensors").values()} == {torch.bfloat16}
+    if stage != "rho1":
+        # The float32 masters, not the 16-bit copies that the engine computes with.
+        head = load_file(exported / "value_head.safetensors")
+        assert {t.dtype for t in head.values()} == {torch.float32}
+        assert any(not torch.equal(t, t.bfloat16().float()) for t in head.values())
 
 
 def test_a_fifth_weighting_is_one_class_and_one_config_class(runs: Path) -> None:
