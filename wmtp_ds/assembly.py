@@ -4,8 +4,6 @@ import logging
 import os
 from pathlib import Path
 
-import torch
-
 from wmtp_ds import distributed
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine, FrozenEngine, Zero3Sharding
@@ -18,11 +16,6 @@ from wmtp_ds.optimization import lr_schedule, param_groups
 from wmtp_ds.stages.base import Stage, StageModel
 
 logger = logging.getLogger("wmtp_ds")
-
-
-def pick_device(wanted: str) -> str:
-    """``runtime.device`` as "cuda" or "cpu"."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def fetch_critic(resolved: Resolved) -> Path | None:

@@ -15,7 +15,6 @@ from wmtp_ds.assembly import (
     build_reference,
     check_models,
     fetch_critic,
-    pick_device,
     trunk_fingerprint,
 )
 from wmtp_ds.checkpoint import Checkpoints
@@ -24,6 +23,7 @@ from wmtp_ds.data.batches import Batch
 from wmtp_ds.early_stopping import EarlyStopping
 from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
+from wmtp_ds.launch import resolve_device
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
@@ -60,7 +60,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
     if is_main_process():
         folder.lock()
     try:
-        device = engine.start(pick_device(resolved.config.runtime.device))
+        device = engine.start(resolve_device(resolved.config.runtime.device))
         training = Training(resolved, data, folder, device, critic)
         for change in changes:
             training.display.say(f"changed since the checkpoint: {change}")
