@@ -10,7 +10,7 @@ from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints, verify_manifest
 from wmtp_ds.errors import UserError
 from wmtp_ds.resume import checkpoint_folders, find_checkpoint
-from wmtp_ds.run_summary import RUN_SIGNS, read_summary
+from wmtp_ds.run_summary import read_summary, why_not_a_runs_folder
 
 
 class RunFolder:
@@ -28,25 +28,10 @@ class RunFolder:
         self.root = root
         self.resume = resume
         self._lock: TextIO | None = None
-        self._check_root()
+        # A run that starts anew moves an earlier run aside; it must never move anything else.
+        if what := why_not_a_runs_folder(root):
+            raise UserError(f"checkpoint.save_dir: {root} {what}. Give each run a folder of its own.")
         find_checkpoint(root, resume)
-
-    def _check_root(self) -> None:
-        """A run that starts anew moves an earlier run aside; it must never move anything else."""
-        try:
-            foreign = self.root.is_dir() and any(not path.name.startswith(".") for path in self.root.iterdir())
-        except OSError as error:
-            raise UserError(f"checkpoint.save_dir: cannot read {self.root}: {error}") from None
-        if Path.cwd().is_relative_to(self.root.resolve()):
-            raise UserError(f"checkpoint.save_dir: {self.root} holds the current directory. Give each run its own.")
-        if (
-            foreign
-            and not any((self.root / name).exists() for name in RUN_SIGNS)
-            and not Checkpoints(self.root).steps()
-        ):
-            raise UserError(
-                f"checkpoint.save_dir: {self.root} holds other files, but no run. Give each run a folder of its own."
-            )
 
     def lock(self) -> None:
         """Claim the folder; only the main rank calls this.

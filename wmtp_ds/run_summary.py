@@ -10,6 +10,22 @@ RUN_SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
 BEST, FINAL = "checkpoint_best", "checkpoint_final"
 
 
+def why_not_a_runs_folder(path: Path) -> str:
+    """What else a folder is; "" for a run's, an empty one and one that is not there yet."""
+    if not path.is_dir():
+        return ""
+    if Path.cwd().is_relative_to(path.resolve()):
+        return "holds the current directory"
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    is_run = any((path / name).exists() for name in RUN_SIGNS) or any(path.glob("step_*/manifest.json"))
+    if is_run or all(name.startswith(".") for name in names):
+        return ""
+    return "holds other files, but no run"
+
+
 def read_summary(root: Path) -> dict[str, Any]:
     """What ``run.json`` of a run's folder says; empty if there is none, or it is damaged."""
     try:

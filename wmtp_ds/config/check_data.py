@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.errors import UserError
-from wmtp_ds.run_summary import RUN_SIGNS
+from wmtp_ds.run_summary import why_not_a_runs_folder
 
 _ROWS = 20  # read of each file; the rest is checked when the index is built
 
@@ -86,25 +86,9 @@ def check_save_dir(context: Context) -> None:
     elif not os.access(nearest, os.W_OK | os.X_OK):
         what = f"cannot be written: no permission in {nearest}"
     else:
-        what = _why_not_a_runs_folder(path) if os.path.isdir(path) else ""
+        what = why_not_a_runs_folder(Path(path))
     if what:
         context.report(key, f"{path} {what}", "name another folder, one for each run")
-
-
-def _why_not_a_runs_folder(path: str) -> str:
-    """What else a folder is; "" for a run's and for an empty one. A new run moves what is there aside."""
-    here = Path.cwd()
-    if here.is_relative_to(os.path.realpath(path)):
-        return "holds the current directory"
-    try:
-        names = os.listdir(path)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    is_run = any(os.path.exists(os.path.join(path, name)) for name in RUN_SIGNS)
-    is_run = is_run or any(Path(path).glob("step_*/manifest.json"))
-    if is_run or all(name.startswith(".") for name in names):
-        return ""
-    return "holds other files, but no run"
 
 
 DATA_CHECKS: tuple[Check, ...] = (check_dataset, check_save_dir)
