@@ -190,6 +190,7 @@ VARIABLES = {
         "is empty: [0] adds its first item",
         "show",
     ),
+    "kernels": ("WMTP_KERNELS", "cuda", "", "must be torch or triton, not 'cuda'", "unset"),
     "not UTF-8": ("WMTP_DATASET__NAME", "\udcff", "dataset.name", "not UTF-8", "readable"),
 }
 
@@ -198,7 +199,7 @@ VARIABLES = {
 def test_bad_variable(workspace, name):
     variable, value, key, says, mend = VARIABLES[name]
     workspace.write_config("baseline")
-    problem = only(workspace.problems(environ={variable: value, "PATH": "/bin", "WMTP_KERNELS": "torch"}))
+    problem = only(workspace.problems(environ={"PATH": "/bin", "WMTP_KERNELS": "torch", variable: value}))
     assert problem.key == key
     assert problem.origin == f"environment variable {variable}"
     assert says in problem.message

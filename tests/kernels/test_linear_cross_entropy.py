@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wmtp_kernels import IGNORE_INDEX, linear_cross_entropy, reference_cross_entropy, weighted_linear_cross_entropy
+from wmtp_kernels import IGNORE_INDEX, reference_cross_entropy, rows_torch, weighted_linear_cross_entropy
+from wmtp_kernels.chunked_linear import ChunkedLinear
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -73,7 +74,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.fixture
 def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set the number of rows that a chunk holds."""
-    return lambda rows: monkeypatch.setattr(linear_cross_entropy, "_chunk_rows", lambda vocabulary: rows)
+    return lambda rows: monkeypatch.setattr(rows_torch, "chunk_rows", lambda *_: rows)
 
 
 def test_by_hand():
@@ -107,7 +108,7 @@ def test_by_hand():
 def test_matches_materialised_logits(rows, dim, vocabulary, chunk, seed, kept, upstream):
     case = make_case(rows, dim, vocabulary, seed, kept=kept)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "_chunk_rows", lambda vocabulary: chunk)
+        patch.setattr(rows_torch, "chunk_rows", lambda *_: chunk)
         found = measured(case, upstream)
         reference = reference_cross_entropy(*case[:3])
     expected = oracle(case, upstream)
@@ -126,10 +127,8 @@ def test_ragged_chunks_give_the_same(chunk, chunk_of):
 
 def test_chunks_grow_linearly_with_the_rows(chunk_of, monkeypatch):
     sizes: list[int] = []
-    logits = linear_cross_entropy._logits
-    monkeypatch.setattr(
-        linear_cross_entropy, "_logits", lambda hidden, weight: (sizes.append(len(hidden)), logits(hidden, weight))[1]
-    )
+    logits = ChunkedLinear.logits
+    monkeypatch.setattr(ChunkedLinear, "logits", lambda self, rows: (sizes.append(len(rows)), logits(self, rows))[1])
     chunk_of(7)
     hidden, weight, _, weights, scales = make_case(23, 6, 50)
     targets = torch.arange(23) % 50
@@ -140,9 +139,10 @@ def test_chunks_grow_linearly_with_the_rows(chunk_of, monkeypatch):
 
 def test_a_chunk_is_bounded_whatever_the_vocabulary():
     for vocabulary in (2, 32_000, 128_256, 10**9):
-        rows = linear_cross_entropy._chunk_rows(vocabulary)
-        assert rows >= 16
-        assert rows * vocabulary <= max(2**23, 16 * vocabulary)
+        for device in ("cpu", "cuda"):
+            rows = rows_torch.chunk_rows(vocabulary, torch.float32, torch.device(device))
+            assert rows >= 16
+            assert rows * vocabulary <= max(2**24 if device == "cpu" else 2**27, 16 * vocabulary)
 
 
 def test_peaked_logits():

@@ -1,5 +1,7 @@
 """The baseline's loss against materialised logits."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,9 +31,19 @@ def test_the_losses_of_heads_are_told_and_their_mean_is_the_loss(make_model, bat
         torch.testing.assert_close(
             output.shares[f"train/loss_head_{k}"].double(), torch.stack(losses).mean(), rtol=1e-6, atol=1e-6
         )
-    assert set(output.shares) == {f"train/loss_head_{k}" for k in range(1, 5)}
-    torch.testing.assert_close(torch.stack(list(output.shares.values())).mean(), output.loss)
+    heads = [share for name, share in output.shares.items() if name.startswith("train/loss_head_")]
+    assert len(heads) == 4
+    torch.testing.assert_close(torch.stack(heads).mean(), output.loss)
     assert not any(share.requires_grad for share in output.shares.values())
+
+
+def test_its_weights_are_ones(make_model, batch, run):
+    """Entropies of sequences of 6, 10, 0 and 3 decisions, of which one has none."""
+    output, _ = run(make_model("baseline"), [batch])
+    counts = batch.decisions.sum(-1).tolist()
+    assert output.moments["weight"].tolist() == [sum(counts), sum(counts), sum(counts), -1.0, 1.0]
+    uniform = [math.log(count) for count in counts if count]
+    assert output.shares["weight/entropy"].item() == pytest.approx(sum(uniform) / len(uniform), abs=1e-6)
 
 
 def test_heads_count_the_supervised_tokens_that_they_can_reach(make_model, batch, count):

@@ -9,6 +9,7 @@ import torch
 
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.stages.base import StageModel
+from wmtp_kernels import TDWeights, decision_weights
 
 Rows = dict[tuple[int, int], float]
 
@@ -91,16 +92,18 @@ def test_weights_carry_no_gradient_to_the_value_head(make_model, batch, run):
 def test_weights_are_detached_float32_and_zero_off_decisions(make_model, batch, run, monkeypatch):
     """Already where they are made, whatever a loss may do about it."""
     model = make_model("verifiable")
-    assert not model.stage.advantages(model(batch, mode="values"), batch).requires_grad
-    seen: list[torch.Tensor] = []
+    assert not model.stage.weights(model(batch, mode="values"), batch).values_BS.requires_grad
+    seen: list[TDWeights] = []
     loss = type(model).weighted_cross_entropy
     monkeypatch.setattr(
         type(model), "weighted_cross_entropy", lambda self, *args: (seen.append(args[2]), loss(self, *args))[1]
     )
     run(model, [batch])
-    assert seen[0].dtype == torch.float32
-    assert not seen[0].requires_grad
-    assert torch.equal(seen[0] > 0, batch.decisions)
+    td_BS, weights_BS = decision_weights(seen[0])
+    assert weights_BS.dtype == torch.float32
+    assert not weights_BS.requires_grad
+    assert not td_BS.requires_grad
+    assert torch.equal(weights_BS > 0, batch.decisions)
 
 
 def test_the_value_loss_reaches_the_trunk_only_if_it_may(make_model, batch, run, gradients):

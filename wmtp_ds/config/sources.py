@@ -14,8 +14,8 @@ from wmtp_ds.config.keys import KeyPath, as_part, declared_at, format_key, parse
 from wmtp_ds.config.positions import toml_lines
 from wmtp_ds.config.schema import RunConfig
 
-# Variables that begin like ours and belong to another part of the program.
-OTHER_VARIABLES = frozenset({"WMTP_KERNELS"})
+# Variables that begin like ours and belong to another part of the program, with the values that they may have.
+OTHER_VARIABLES = {"WMTP_KERNELS": ("", "torch", "triton")}
 
 _PREFIX = str(RunConfig.model_config["env_prefix"])
 _DELIMITER = str(RunConfig.model_config["env_nested_delimiter"])
@@ -137,9 +137,15 @@ def read_environment(environ: Mapping[str, str]) -> tuple[list[Assignment], list
     assignments: list[Assignment] = []
     problems: list[Problem] = []
     for name in sorted(environ):
-        if not name.startswith(_PREFIX) or name in OTHER_VARIABLES:
+        if not name.startswith(_PREFIX):
             continue
         origin = Origin("environment", f"environment variable {name}")
+        if name in OTHER_VARIABLES:
+            if environ[name] not in OTHER_VARIABLES[name]:
+                allowed = " or ".join(value for value in OTHER_VARIABLES[name] if value)
+                message = f"must be {allowed}, not {environ[name]!r}"
+                problems.append(Problem("", str(origin), message, "set one of them, or unset the variable"))
+            continue
         parts = name.removeprefix(_PREFIX).lower().split(_DELIMITER)
         problem = None
         if not all(parts) or not _is_text(name):

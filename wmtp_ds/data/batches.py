@@ -42,10 +42,16 @@ class Batch:
     segment_ids: torch.Tensor
     row_ids: torch.Tensor
 
+    @property
+    def host(self) -> "Batch":
+        """The batch where it was made, on the CPU: what is counted there need not be waited for on a GPU."""
+        return getattr(self, "_host", self)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
-        return Batch(*moved)
+        moved = Batch(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+        object.__setattr__(moved, "_host", self.host)  # no field: a batch is its tensors
+        return moved
 
 
 class TextEncoder:

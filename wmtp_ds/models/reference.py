@@ -25,8 +25,10 @@ class ReferenceModel(nn.Module):
         """
         follows_BS = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
         targets_BS = torch.where(batch.supervised[:, 1:] & follows_BS, batch.input_ids[:, 1:], IGNORE_INDEX)
+        count = int(batch.host.supervised.sum())
         hidden_BSD = self.policy.head_states(self.policy.trunk(batch.input_ids))[0]
         losses: Tensor = self.policy.lm_head(
-            hidden_BSD[:, :-1].flatten(0, 1), loss=partial(reference_cross_entropy, targets_N=targets_BS.flatten())
+            hidden_BSD[:, :-1].flatten(0, 1),
+            loss=partial(reference_cross_entropy, targets_N=targets_BS.flatten(), count=count),
         )
         return nn.functional.pad(losses.view_as(targets_BS), (1, 0))

@@ -20,10 +20,16 @@ from wmtp_ds.data.batches import Batch
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.weighting.normalize import Standardisation
-from wmtp_ds.weighting.statistics import entropy_sums, moments
-from wmtp_ds.weighting.targets import mtp_targets, per_head
+from wmtp_ds.weighting.statistics import moments
+from wmtp_ds.weighting.targets import mtp_targets
 from wmtp_ds.weighting.td import compute_gae, discounted_returns
-from wmtp_kernels import IGNORE_INDEX, reference_cross_entropy, weighted_linear_cross_entropy
+from wmtp_kernels import (
+    IGNORE_INDEX,
+    TDWeights,
+    WeightedLoss,
+    reference_cross_entropy,
+    td_weighted_linear_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class StageModel(nn.Module):
             # Validation loss is the policy's on correct solutions, whatever it trains on.
             targets_nBS = batch_targets(batch, self.n)
             targets_nBS = targets_nBS.masked_fill(batch.rewards[None, :, None] < 0.5, IGNORE_INDEX)
-            ce_nBS = self._unembed(self.policy.head_states(trunk_BSD), targets_nBS, reference_cross_entropy)
+            count = int(target_counts(batch, self.n).sum())
+            ce_nBS = self._unembed(self.policy.head_states(trunk_BSD), targets_nBS, count)
             sums["ce_n"] = ce_nBS.double().sum(-1)
             sums["targets_n"] = (targets_nBS != IGNORE_INDEX).sum((1, 2)).double()
         if self.value_head is not None:
@@ -176,41 +183,54 @@ class StageModel(nn.Module):
             sums["values_BS"] = values_BS
         return sums
 
-    def _unembed(self, hidden_nBSD: Tensor, targets_nBS: Tensor, function: Any) -> Tensor:
-        flat_targets = targets_nBS.reshape(-1)
+    def _unembed(self, hidden_nBSD: Tensor, targets_nBS: Tensor, count: int) -> Tensor:
         losses: Tensor = self.policy.lm_head(
-            hidden_nBSD.flatten(0, -2), loss=lambda hidden, weight: function(hidden, weight, flat_targets)
+            hidden_nBSD.flatten(0, -2),
+            loss=partial(reference_cross_entropy, targets_N=targets_nBS.reshape(-1), count=count),
         )
         return losses.view(self.n, -1)
 
-    def weighted_cross_entropy(self, trunk_BSD: Tensor, batch: Batch, weights_BS: Tensor, totals: Totals) -> Output:
+    def weighted_cross_entropy(
+        self, trunk_BSD: Tensor, batch: Batch, weights: Tensor | TDWeights, totals: Totals
+    ) -> Output:
         """``(1/n) Σ_k (1/M_k) Σ w_{i+k−1}·CE_{i,k}``: the policy loss with one weight for each decision.
 
         Args:
             trunk_BSD: the trunk's output.
             batch: the micro-batch.
-            weights_BS: float, the weight of each decision, 0 elsewhere; no gradient flows to it.
+            weights: the weight of each decision, ``[B, S]``, 0 elsewhere; or the values and rewards that TD weights
+                are made of. No gradient flows to either.
             totals: counts over the global batch.
+
+        Returns:
+            The loss, each head's loss, and the statistics of the weights (and of the TD errors).
         """
-        hidden_nBSD = self.policy.head_states(trunk_BSD)
-        targets_nBS = batch_targets(batch, self.n)
-        weights_nBS = per_head(weights_BS, self.n)
         scales_n = head_scales(totals)
-        loss, ce_N = self.policy.lm_head(
-            hidden_nBSD.flatten(0, -2),
+        result: WeightedLoss = self.policy.lm_head(
+            self.policy.head_states(trunk_BSD),
             loss=partial(
-                weighted_linear_cross_entropy,
-                targets_N=targets_nBS.reshape(-1),
-                weights_N=weights_nBS.reshape(-1),
-                scales_N=scales_n.repeat_interleave(targets_nBS[0].numel()),
+                td_weighted_linear_cross_entropy,
+                targets_nBS=batch_targets(batch, self.n),
+                weights=weights,
+                scales_n=scales_n,
+                counts_nB=target_counts(batch, self.n),
             ),
         )
-        return Output(loss, head_shares(scales_n, weights_nBS, ce_N.view_as(weights_nBS)))
+        found = result.statistics
+        shares = head_shares(scales_n, result.losses_n)
+        shares["weight/entropy"] = found.entropy[0] / totals.sequences.clamp(min=1)
+        quantities = {"weight": found.weights} if found.td is None else {"weight": found.weights, "td": found.td}
+        return Output(result.loss, shares, quantities)
 
 
 def batch_targets(batch: Batch, n: int) -> Tensor:
     """Targets of all heads, ``[n, B, S]``."""
     return mtp_targets(batch.input_ids, batch.supervised, batch.segment_ids, n)
+
+
+def target_counts(batch: Batch, n: int) -> Tensor:
+    """How many targets each head has in each sequence: int64 ``[n, B]``, known to the host."""
+    return (batch_targets(batch.host, n) != IGNORE_INDEX).sum(-1)
 
 
 def head_scales(totals: Totals) -> Tensor:
@@ -219,20 +239,10 @@ def head_scales(totals: Totals) -> Tensor:
     return torch.where(totals.targets_n > 0, 1.0 / (n * totals.targets_n.clamp(min=1)), 0.0).float()
 
 
-def head_shares(scales_n: Tensor, weights_nBS: Tensor, ce_nBS: Tensor) -> dict[str, Tensor]:
+def head_shares(scales_n: Tensor, losses_n: Tensor) -> dict[str, Tensor]:
     """This micro-batch's share of each head's loss, ``(1/M_k) Σ w·CE``, by name."""
-    losses_n = len(scales_n) * scales_n * (weights_nBS * ce_nBS).sum((1, 2))
-    return {f"train/loss_head_{k}": loss for k, loss in enumerate(losses_n, start=1)}
-
-
-def weight_statistics(weights_BS: Tensor, batch: Batch, totals: Totals) -> Output:
-    """What to log of the weights of decisions; adds nothing to the loss."""
-    entropy, _ = entropy_sums(weights_BS, batch.decisions)
-    return Output(
-        weights_BS.new_zeros(()),
-        {"weight/entropy": entropy / totals.sequences.clamp(min=1)},
-        {"weight": moments(weights_BS, batch.decisions)},
-    )
+    shares_n = len(scales_n) * scales_n * losses_n
+    return {f"train/loss_head_{k}": share for k, share in enumerate(shares_n, start=1)}
 
 
 def value_errors(training: Any, values_BS: Tensor, batch: Batch) -> Tensor:

@@ -5,7 +5,16 @@ from functools import partial
 from torch import Tensor
 
 from wmtp_ds.data.batches import Batch
-from wmtp_ds.stages.base import Output, Stage, StageModel, Totals, batch_targets, head_scales, head_shares
+from wmtp_ds.stages.base import (
+    Output,
+    Stage,
+    StageModel,
+    Totals,
+    batch_targets,
+    head_scales,
+    head_shares,
+    target_counts,
+)
 from wmtp_ds.weighting.statistics import moments
 from wmtp_ds.weighting.targets import per_head
 from wmtp_kernels import IGNORE_INDEX, rho1_linear_cross_entropy
@@ -41,10 +50,11 @@ class Rho1(Stage):
                 scope=cfg.selection_scope,
                 temperature=cfg.temperature,
                 scales_n=scales_n,
+                counts_nB=target_counts(batch, model.n),
             ),
         )
         supervised_nBS = targets_nBS != IGNORE_INDEX
-        shares = head_shares(scales_n, weights_nBS, ce_nBS)
+        shares = head_shares(scales_n, (weights_nBS * ce_nBS).sum((1, 2)))
         shares["rho1/selected_ratio"] = (weights_nBS > 0).sum() / totals.supervised_n.sum().clamp(min=1)
         shares["rho1/reference_loss"] = (reference_BS * batch.supervised).sum() / totals.decisions.clamp(min=1)
         return Output(loss, shares, {"weight": moments(weights_nBS, supervised_nBS)})

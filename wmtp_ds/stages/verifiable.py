@@ -6,10 +6,11 @@ from torch import Tensor
 
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.distributed import max_over_ranks, sum_over_ranks
-from wmtp_ds.stages.base import Output, Stage, StageModel, Totals, value_loss, weight_statistics
+from wmtp_ds.stages.base import Output, Stage, StageModel, Totals, value_loss
 from wmtp_ds.weighting.normalize import Standardisation, standardisation
-from wmtp_ds.weighting.statistics import moments
-from wmtp_ds.weighting.td import compute_gae, compute_td_errors
+from wmtp_kernels import TDWeights
+
+UNCHANGED = Standardisation()
 
 
 class Verifiable(Stage):
@@ -24,17 +25,25 @@ class Verifiable(Stage):
         """z-scores and mean-1 weights are over the global batch."""
         return self.training.td_normalize != "none" or self.training.weight_norm != "none"
 
-    def advantages(self, values_BS1: Tensor, batch: Batch) -> Tensor:
-        """TD errors, or GAE if ``td_lambda > 0``: ``[B, S]``, detached."""
-        values = values_BS1.detach()
-        if self.training.td_lambda > 0:
-            return compute_gae(values, batch.rewards, self.training.gamma, self.training.td_lambda, batch.decisions)
-        return compute_td_errors(values, batch.rewards, self.training.gamma, batch.decisions)
+    def weights(self, values_BS1: Tensor, batch: Batch, constants: Standardisation = UNCHANGED) -> TDWeights:
+        """What the weights of a micro-batch are made of: TD errors, or GAE if ``td_lambda > 0``."""
+        cfg = self.training
+        return TDWeights(
+            values_BS1.detach().squeeze(-1),
+            batch.rewards,
+            batch.decisions,
+            beta=cfg.beta,
+            min_weight=cfg.weight_clip_min,
+            max_weight=cfg.weight_clip_max,
+            gamma=cfg.gamma,
+            td_lambda=cfg.td_lambda,
+            standardisation=constants,
+        )
 
     def standardise(self, values: Sequence[Tensor], batches: Sequence[Batch]) -> Standardisation:
         """Mean and deviation of δ, and the mean of the exponentials, as the config asks for them."""
         return standardisation(
-            [self.advantages(v, batch) for v, batch in zip(values, batches, strict=True)],
+            [self.weights(v, batch).advantages() for v, batch in zip(values, batches, strict=True)],
             [batch.decisions for batch in batches],
             beta=self.training.beta,
             zscore=self.training.td_normalize == "zscore",
@@ -48,13 +57,8 @@ class Verifiable(Stage):
         cfg = self.training
         trunk_BSD = model.trunk(batch)
         values_BS1 = model.values(trunk_BSD if cfg.value_grad_to_trunk else trunk_BSD.detach())
-        td_BS = self.advantages(values_BS1, batch)
-        weights_BS = totals.standardisation.weights(td_BS, cfg.beta, cfg.weight_clip_min, cfg.weight_clip_max)
-        weights_BS = (weights_BS * batch.decisions).float()
+        weights = self.weights(values_BS1, batch, totals.standardisation)
 
-        policy = model.weighted_cross_entropy(trunk_BSD, batch, weights_BS, totals)
         value = value_loss(cfg, values_BS1.squeeze(-1), batch, totals)
         value.loss = cfg.value_coef * value.loss
-        output = policy + value + weight_statistics(weights_BS, batch, totals)
-        output.moments["td"] = moments(td_BS, batch.decisions)
-        return output
+        return model.weighted_cross_entropy(trunk_BSD, batch, weights, totals) + value

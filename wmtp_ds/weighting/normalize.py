@@ -5,29 +5,13 @@ gradient over the accumulation window.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wmtp_ds.weighting.td import weights_from_log
+from wmtp_kernels import Standardisation
 
 Reduce = Callable[[Tensor], Tensor]
-
-
-class Standardisation(NamedTuple):
-    """``log w = (δ − shift)/(scale·β) − log_mean``: scalars, the same on every rank."""
-
-    shift: Tensor | float = 0.0
-    scale: Tensor | float = 1.0
-    log_mean: Tensor | float = 0.0
-
-    def weights(self, advantages: Tensor, beta: float, min_weight: float, max_weight: float) -> Tensor:
-        """Standardise, exponentiate, rescale, and clip once; any shape."""
-        if not beta > 0:
-            raise ValueError(f"beta must be positive, not {beta}")
-        log_weights = (advantages - self.shift) / (self.scale * beta) - self.log_mean
-        return weights_from_log(log_weights, min_weight, max_weight)
 
 
 def standardisation(
@@ -73,3 +57,6 @@ def standardisation(
         total = reduce_sum((logs - largest).exp().sum())
         log_mean = torch.where(total > 0, largest + (total / count).log(), 0.0)
     return Standardisation(shift, scale, log_mean)
+
+
+__all__ = ["Standardisation", "standardisation"]

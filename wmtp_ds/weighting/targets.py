@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wmtp_kernels import IGNORE_INDEX
+from wmtp_kernels.td_linear_cross_entropy import per_head
 
 
 def mtp_targets(input_ids_BS: Tensor, supervised_BS: Tensor, segment_ids_BS: Tensor, n: int) -> Tensor:
@@ -26,16 +27,4 @@ def mtp_targets(input_ids_BS: Tensor, supervised_BS: Tensor, segment_ids_BS: Ten
     return targets_nBS
 
 
-def per_head(x_BS: Tensor, n: int, first: int = 0) -> Tensor:
-    """``y[k − 1, :, i] = x[:, i + k − 1 + first]``, 0 beyond the end: ``[B, S]`` -> ``[n, B, S]``.
-
-    With ``first=0``: the weight of head ``k``'s target at ``i`` is that of the decision which emits it, ``w_{i+k−1}``.
-    With ``first=1``: a quantity of the target token itself, such as its reference loss ``r_{i+k}``.
-    """
-    length = x_BS.shape[1]
-    y_nBS = x_BS.new_zeros((n, *x_BS.shape))
-    for head in range(n):
-        shift = head + first
-        if shift < length:
-            y_nBS[head, :, : length - shift] = x_BS[:, shift:]
-    return y_nBS
+__all__ = ["mtp_targets", "per_head"]
