@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RANKS ?= 2
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test gpu-test lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install, make data and models, train all four stages on the CPU, show the results"
 	@echo "make install  make $(VENV) with pinned versions"
 	@echo "make test     run the tests"
+	@echo "make gpu-test run the kernels' tests at real sizes on a GPU, and compute-sanitizer over some of them"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff mend what it can"
 
@@ -38,6 +39,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# Every allocation is one of its own under the sanitizer, or it would take a neighbour's memory for an array's.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 3
+gpu-test: install
+	$(BIN)/python -m pytest -q -m gpu
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "error: compute-sanitizer is not on the PATH. It comes with the CUDA toolkit, in /usr/local/cuda/bin"; exit 2; }
+	$(SANITIZE) --tool memcheck $(BIN)/python -m pytest -q -m gpu tests/kernels -k test_short
+	$(SANITIZE) --tool racecheck $(BIN)/python -m pytest -q -m gpu tests/kernels -k test_short
+	@# The borders of a workspace's rows belong to nobody, and may be read: sizes that have none.
+	$(SANITIZE) --tool initcheck $(BIN)/python -m pytest -q -m gpu tests/kernels -k "test_short and 4096"
 
 lint: install
 	$(BIN)/ruff check .

@@ -58,22 +58,21 @@ def test_a_micro_batch_without_decisions_changes_nothing():
 
 
 def test_ranks_add_up(monkeypatch):
-    """Two ranks: the one's tensors are replayed as the other's contribution to the collectives."""
+    """Two ranks: the one's tensor is replayed as the other's contribution to the collective."""
     other = WindowMetrics()
     other.add(output(0.5, [-7.0, 1.0], a=3.0))
     sent: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
-        for name in ("sum_over_ranks", "max_over_ranks"):
-            patch.setattr(distributed, name, lambda tensor: (sent.append(tensor.clone()), tensor)[1])
+        patch.setattr(distributed, "gather_equal", lambda tensor: (sent.append(tensor.clone()), tensor[None])[1])
         other.reduce(2)
-    assert len(sent) == 2  # as few collectives as there are kinds of reduction
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor: tensor + sent[0])
-    monkeypatch.setattr(distributed, "max_over_ranks", lambda tensor: torch.maximum(tensor, sent[1]))
+    assert len(sent) == 1  # one collective for all that a step has to say
+    monkeypatch.setattr(distributed, "gather_equal", lambda tensor: torch.stack([tensor, sent[0]]))
     mine = WindowMetrics()
     mine.add(output(0.25, [2.0], a=1.0))
-    metrics, signal = mine.reduce(0)
+    metrics, signal = mine.reduce(0, {"norm": torch.tensor(0.5), "tokens": torch.tensor(7, dtype=torch.int64)})
     assert signal == 2
     assert (metrics["train/loss"], metrics["a"]) == (0.75, 4.0)
+    assert (metrics["norm"], metrics["tokens"]) == (0.5, 7.0)  # what all ranks have alike is not added up
     values = [-7.0, 1.0, 2.0]
     assert metrics["td/mean"] == pytest.approx(statistics.fmean(values))
     assert metrics["td/std"] == pytest.approx(statistics.pstdev(values))

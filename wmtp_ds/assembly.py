@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from wmtp_ds import distributed
@@ -10,12 +11,16 @@ from wmtp_ds.engine import Engine, FrozenEngine, Zero3Sharding
 from wmtp_ds.handoff import ValueHeadFile, check_value_head, load_value_head, locate_critic
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
 from wmtp_ds.models.loading import check_architecture, load_policy, read_llama_config
+from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.models.reference import ReferenceModel
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.optimization import lr_schedule, param_groups
 from wmtp_ds.stages.base import Stage, StageModel
 
 logger = logging.getLogger("wmtp_ds")
+
+# `load_policy`, or what stands in for it where weights are random.
+Loader = Callable[..., MTPLlamaForCausalLM]
 
 
 def fetch_critic(resolved: Resolved) -> Path | None:
@@ -80,7 +85,9 @@ def trunk_fingerprint(policy: Path) -> str:
     return str(distributed.broadcast_object(fingerprint))
 
 
-def build_engine(resolved: Resolved, stage: Stage, critic: Path | None, total_steps: int) -> Engine:
+def build_engine(
+    resolved: Resolved, stage: Stage, critic: Path | None, total_steps: int, load: Loader = load_policy
+) -> Engine:
     """The policy, sharded as it is loaded, with the stage's value head and loss, under an optimizer.
 
     Raises:
@@ -89,7 +96,7 @@ def build_engine(resolved: Resolved, stage: Stage, critic: Path | None, total_st
     config, training = resolved.config, resolved.config.training
     ds_config = resolved.deepspeed(distributed.world_size())
     folder = Path(config.models.policy.path)
-    policy = load_policy(folder, sharding=Zero3Sharding(ds_config))
+    policy = load(folder, sharding=Zero3Sharding(ds_config))
     policy.requires_grad_(stage.trains_policy)
     if training.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
@@ -126,12 +133,12 @@ def _build_value_head(resolved: Resolved, hidden_size: int, critic: Path | None)
     return head
 
 
-def build_reference(resolved: Resolved) -> FrozenEngine | None:
+def build_reference(resolved: Resolved, load: Loader = load_policy) -> FrozenEngine | None:
     """The frozen reference model in an engine of its own; None if the stage needs none."""
     if not resolved.config.training.needs_reference:
         return None
     assert resolved.config.models.reference is not None
     ds_config = resolved.deepspeed_reference()
     folder = Path(resolved.config.models.reference.path)
-    policy = load_policy(folder, sharding=Zero3Sharding(ds_config), n_future_tokens=1)
+    policy = load(folder, sharding=Zero3Sharding(ds_config), n_future_tokens=1)
     return FrozenEngine(ReferenceModel(policy), ds_config)

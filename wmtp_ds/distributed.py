@@ -37,6 +37,15 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return _reduce(tensor, dist.ReduceOp.MAX)
 
 
+def gather_equal(tensor: Tensor) -> Tensor:
+    """Every rank's tensor, stacked: all of one shape ``[...]`` -> ``[ranks, ...]``, on all ranks."""
+    if world_size() == 1:
+        return tensor.detach()[None]
+    gathered = tensor.new_empty(world_size() * tensor.numel())  # flat, as gloo wants it
+    dist.all_gather_into_tensor(gathered, tensor.detach().flatten())
+    return gathered.view(world_size(), *tensor.shape)
+
+
 def _reduce(tensor: Tensor, operation: Any) -> Tensor:
     result = tensor.detach().clone()
     if world_size() > 1:

@@ -137,10 +137,10 @@ class Engine:
         return int(self._engine.skipped_steps)
 
     @property
-    def grad_norm(self) -> float:
-        """Gradient norm before clipping, of the last optimizer step; NaN before the first."""
+    def grad_norm(self) -> Tensor:
+        """Gradient norm before clipping, of the last optimizer step, a scalar on its device; NaN before the first."""
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return norm if isinstance(norm, Tensor) else torch.tensor(float("nan") if norm is None else float(norm))
 
     @property
     def learning_rate(self) -> float:
@@ -208,9 +208,31 @@ class Engine:
         state: dict[str, Any] = client_state["wmtp"]
         return state
 
+    def communication(self) -> list[tuple[Any, str]]:
+        """Objects and names of their methods in which ZeRO-3 gathers and releases weights and reduces gradients.
+
+        Called between computations, by hooks that look them up on the object: replacing them there times them.
+        """
+        optimizer = self._engine.optimizer
+        reductions = ("reduce_independent_p_g_buckets_and_remove_grads", "independent_gradient_partition_epilogue")
+        return [
+            *_gathers(optimizer.parameter_offload),
+            *((optimizer, name) for name in (*reductions, "_partition_all_parameters", "_post_step")),
+        ]
+
     def close(self) -> None:
         """Release memory and hooks, so that another engine can be made in this process."""
         self._engine.destroy()
+
+
+def _gathers(offload: Any) -> list[tuple[Any, str]]:
+    moments = (
+        "pre_sub_module_forward",
+        "post_sub_module_forward",
+        "pre_sub_module_backward",
+        "post_sub_module_backward",
+    )
+    return [(offload, f"{moment}_function") for moment in moments]
 
 
 def _make_optimizer(
@@ -227,8 +249,7 @@ def _make_optimizer(
         # Where optimizer states live in host memory, DeepSpeed's vectorised Adam is several times faster there.
         adam: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
         return adam
-    fused = True if groups[0]["params"][0].device.type == "cuda" else None
-    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 class FrozenEngine:
@@ -245,6 +266,10 @@ class FrozenEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, without gradient."""
         return self._engine(*args, **kwargs)
+
+    def communication(self) -> list[tuple[Any, str]]:
+        """As :meth:`Engine.communication`."""
+        return _gathers(self._engine.optimizer)
 
     def close(self) -> None:
         """Release memory and hooks."""

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import click
 
@@ -176,10 +176,15 @@ def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str
 
 def launcher_command(ranks: Sequence[int | str], request: Request) -> list[str]:
     """DeepSpeed's single-node launcher for ranks on the given device ids, on a free port."""
+    return ranks_command(ranks, "wmtp_ds.rank", request.arguments())
+
+
+def ranks_command(ranks: Sequence[int | str], module: str, arguments: Sequence[str]) -> list[str]:
+    """The launcher for any module of ours that runs in ranks."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ranks)}).encode()).decode()
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", f"--world_info={world}"]
     address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    return [*launcher, *address, "--module", "wmtp_ds.rank", *request.arguments()]
+    return [*launcher, *address, "--module", module, *arguments]
 
 
 def free_port() -> int:
@@ -200,6 +205,20 @@ def check_compiler(device: str, ds_config: Mapping[str, Any]) -> None:
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "c++")):
         raise UserError("DeepSpeed needs a C++ compiler: sudo apt-get install build-essential (or your system's).")
+
+
+def check_kernels(device: str) -> None:
+    """What ``WMTP_KERNELS`` asks for must run on the device.
+
+    Raises:
+        UserError: if it does not.
+    """
+    from wmtp_kernels import backend
+
+    try:
+        backend(device)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 def check_port(place: Place, environ: Mapping[str, str]) -> None:
@@ -281,14 +300,25 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
     check_resume(resolved, request.resume)
     device = resolve_device(resolved.config.runtime.device)
     check_compiler(device, resolved.deepspeed(1))
+    check_kernels(device)
     ids = device_ids(device, request.num_gpus, os.environ)
     return launcher_command(ids, request), launch_environment(device, os.environ)
 
 
 def launch(request: Request) -> int:
     """Start the ranks under DeepSpeed's launcher, pass signals on to them, and return their exit code."""
-    command, environment = prepare_launch(request)
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    return run_ranks(*prepare_launch(request))
+
+
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: TextIO | None = None) -> int:
+    """Run the launcher to its end, pass signals on to its ranks, and return their exit code.
+
+    Args:
+        command: the launcher's.
+        environment: of the launcher and the ranks.
+        stdout: where their standard output goes; None: where this process's goes.
+    """
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, stdout=stdout)
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:

@@ -1,5 +1,7 @@
 """What one optimizer step has to say: pieces of micro-batches, put together over the global batch."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from wmtp_ds.weighting.statistics import ADDITIVE, N_MOMENTS, describe, merge_mo
 
 
 class WindowMetrics:
-    """Adds up the outputs of an accumulation window, then reduces them over ranks, in two small collectives."""
+    """Adds up the outputs of an accumulation window, then reduces them over ranks, in a small collective."""
 
     def __init__(self) -> None:
         self._shares: dict[str, Tensor] = {}
@@ -24,19 +26,28 @@ class WindowMetrics:
         for name, values in output.moments.items():
             self._moments[name] = merge_moments(self._moments[name], values) if name in self._moments else values
 
-    def reduce(self, signal: int = 0) -> tuple[dict[str, float], int]:
-        """The metrics over the global batch, the same on every rank, and the largest ``signal`` of any rank."""
-        names, kinds = sorted(self._shares), sorted(self._moments)
-        sums = torch.stack([self._shares[name] for name in names])
-        if kinds:
-            sums = torch.cat([sums, *(self._moments[kind][:ADDITIVE] for kind in kinds)])
-        extremes = torch.cat([sums.new_tensor([float(signal)]), *(self._moments[kind][ADDITIVE:] for kind in kinds)])
-        sums, extremes = distributed.sum_over_ranks(sums), distributed.max_over_ranks(extremes)
+    def reduce(self, signal: int = 0, same: Mapping[str, Tensor] | None = None) -> tuple[dict[str, float], int]:
+        """The metrics over the global batch, the same on every rank, and the largest ``signal`` of any rank.
+
+        Args:
+            signal: of this rank.
+            same: further scalars, which all ranks have alike: they come to the host along with the others.
+        """
+        names, kinds, same = sorted(self._shares), sorted(self._moments), same or {}
+        added = [torch.stack([self._shares[name] for name in names]), *(self._moments[k][:ADDITIVE] for k in kinds)]
+        extremes = [added[0].new_full((1,), float(signal)), *(self._moments[kind][ADDITIVE:] for kind in kinds)]
+        # One collective and one copy: each copy is a wait for all that the device has been asked to do.
+        everyones = distributed.gather_equal(torch.cat([*added, *extremes]))
+        known = [value.detach().to(everyones).reshape(1) for value in same.values()]
+        host = torch.cat([everyones.flatten(), *known]).cpu()
+        on_host = host[: everyones.numel()].view_as(everyones)
+        split = len(names) + ADDITIVE * len(kinds)
+        sums, largest = on_host[:, :split].sum(0), on_host[:, split:].amax(0)
         metrics = dict(zip(names, sums.tolist(), strict=False))
         width = N_MOMENTS - ADDITIVE
         for i, kind in enumerate(kinds):
-            added = sums[len(names) + i * ADDITIVE : len(names) + (i + 1) * ADDITIVE]
-            values = torch.cat([added, extremes[1 + i * width : 1 + (i + 1) * width]])
-            for name, value in describe(values, kind).items():
+            values = [sums[len(names) + i * ADDITIVE :][:ADDITIVE], largest[1 + i * width :][:width]]
+            for name, value in describe(torch.cat(values), kind).items():
                 metrics[name.replace("_", "/", 1)] = value
-        return metrics, int(extremes[0])
+        metrics |= dict(zip(same, host[everyones.numel() :].tolist(), strict=True))
+        return metrics, int(largest[0])

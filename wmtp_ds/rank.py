@@ -16,6 +16,7 @@ from wmtp_ds.launch import (
     Place,
     Request,
     check_compiler,
+    check_kernels,
     check_port,
     decide,
     prepare_launch,
@@ -77,18 +78,34 @@ def train_rank(request: Request, place: Place) -> int:
     device = resolve_device(resolved.config.runtime.device)
     check_compiler(device, resolved.deepspeed(1))
     check_port(place, os.environ)
-    die_with_parent()
-    quiet(resolved.config.runtime.log_level, place)
     if request.num_gpus is not None and place.world_size == place.local_size:
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(request.num_gpus)
+    enter_rank(device, place, resolved.config.runtime.log_level)
+    check_kernels(device)  # which says what it chose
+    from wmtp_ds.train import train
+
+    return run_rank(lambda: train(resolved, run_name=request.run_name, resume=request.resume))
+
+
+def enter_rank(device: str, place: Place, log_level: str) -> None:
+    """Make this process a rank: it ends with its launcher, is quiet, and takes its share of the cores."""
+    die_with_parent()
+    quiet(log_level, place)
     os.environ["DS_ACCELERATOR"] = device
     if device == "cpu":
         share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
+
+
+def run_rank(work: Callable[[], int]) -> int:
+    """Do a rank's work; returns the exit code, or leaves the process where a tidy end could hang.
+
+    Raises:
+        UserError: for what is wrong before a process group forms.
+    """
     from wmtp_ds import distributed
-    from wmtp_ds.train import train
 
     try:
-        code = train(resolved, run_name=request.run_name, resume=request.resume)
+        code = work()
     except UserError as error:
         if not distributed.initialized():
             raise
@@ -117,7 +134,8 @@ def share_cores(ranks: int) -> None:
 def quiet(level: str, place: Place) -> None:
     """Warnings from libraries and ``level`` from us, on one rank of each node."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("wmtp_ds").setLevel(level.upper())
+    for name in ("wmtp_ds", "wmtp_kernels"):
+        logging.getLogger(name).setLevel(level.upper())
     if place.local_rank != 0:
         logging.disable(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

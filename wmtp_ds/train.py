@@ -11,6 +11,7 @@ import torch
 
 from wmtp_ds import distributed, engine
 from wmtp_ds.assembly import (
+    Loader,
     build_engine,
     build_reference,
     check_models,
@@ -25,6 +26,7 @@ from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
 from wmtp_ds.launch import resolve_device
 from wmtp_ds.metrics import WindowMetrics
+from wmtp_ds.models.loading import load_policy
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
 from wmtp_ds.resume import check_resume, same_table
@@ -35,6 +37,7 @@ from wmtp_ds.signals import Interruption
 from wmtp_ds.stages.base import Output, Totals, make_stage
 from wmtp_ds.tracking import Tracker, start_tracking
 from wmtp_ds.tracking_state import METRICS_FILE
+from wmtp_kernels import backend
 
 
 def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "never") -> int:
@@ -85,15 +88,23 @@ class Progress:
 class Training:
     """What one rank holds while a stage trains."""
 
-    def __init__(self, resolved: Resolved, data: RunData, folder: RunFolder, device: torch.device, critic: Path | None):
+    def __init__(
+        self,
+        resolved: Resolved,
+        data: RunData,
+        folder: RunFolder,
+        device: torch.device,
+        critic: Path | None,
+        load: Loader = load_policy,
+    ):
         config = resolved.config
         self.resolved, self.config, self.data, self.folder, self.device = resolved, config, data, folder, device
         self.main = distributed.is_main()
         self.display = Display(self.main, data.total_steps)
         torch.manual_seed(config.runtime.seed)
         self.stage = make_stage(config.experiment.stage, config.training)
-        self.reference = build_reference(resolved)
-        self.engine = build_engine(resolved, self.stage, critic, data.total_steps)
+        self.reference = build_reference(resolved, load)
+        self.engine = build_engine(resolved, self.stage, critic, data.total_steps, load)
         fingerprint = trunk_fingerprint(Path(config.models.policy.path))
         self.exporter = Exporter(self.engine, resolved, data.tokenizer, fingerprint)
         self.checkpoints = Checkpoints(
@@ -110,7 +121,7 @@ class Training:
         """Train to the end, an early stop or a signal; returns the exit code."""
         status = "FAILED"
         try:
-            self._start(run_name)
+            self.start(run_name)
             with Interruption() as interruption, ExitStack() as stack:
                 signal = self._loop(interruption, stack)
             if signal:
@@ -121,17 +132,17 @@ class Training:
             status = "FINISHED"
             return 0
         finally:
-            self.display.close()
-            if self.tracker is not None:
-                self._end_tracking(status)
-            self.engine.close()
-            if self.reference is not None:
-                self.reference.close()
+            self.close(status)
 
-    def _end_tracking(self, status: str) -> None:
-        assert self.tracker is not None
-        # After a signal there is little time before the process is killed; `track sync` sends what is left.
-        self.tracker.finish(status, timeout=10.0 if status == "KILLED" else 30.0)
+    def close(self, status: str) -> None:
+        """End the tracked run and release what is held."""
+        self.display.close()
+        if self.tracker is not None:
+            # After a signal there is little time before the process is killed; `track sync` sends what is left.
+            self.tracker.finish(status, timeout=10.0 if status == "KILLED" else 30.0)
+        self.engine.close()
+        if self.reference is not None:
+            self.reference.close()
 
     def _loop(self, interruption: Interruption, stack: ExitStack) -> int:
         """Optimizer steps until the end; returns the signal that interrupted them, or 0."""
@@ -141,14 +152,8 @@ class Training:
         windows = self.data.windows(self.progress.step, distributed.rank(), distributed.world_size())
         stack.callback(windows.close)
         for window in windows:
-            began = time.monotonic()
-            metrics, signal = self._step(window, interruption.signal)
-            step = self._advance(metrics, time.monotonic() - began)
-            ending = self.progress.stopped or step == self.data.total_steps
-            log = ending or step == 1 or step % training.log_interval == 0
-            self.display.step(step, metrics, log)
-            if self.tracker is not None and log:
-                self.tracker.log(step, metrics)
+            signal = self.take_step(window, interruption.signal)
+            step, ending = self.progress.step, self._is_ending
             if ending or step % training.eval_interval == 0:
                 self._evaluate()
             if signal or self._checkpoint_is_due(step):
@@ -157,10 +162,35 @@ class Training:
                 return 0 if ending else signal
         return 0
 
+    @property
+    def _is_ending(self) -> bool:
+        return self.progress.stopped or self.progress.step == self.data.total_steps
+
+    def take_step(self, window: list[Batch], signal: int = 0) -> int:
+        """One optimizer step over this rank's micro-batches, accounted for, shown and tracked.
+
+        ``wmtp-ds bench step`` measures this function.
+
+        Args:
+            window: the micro-batches of one accumulation window.
+            signal: the number of a signal that this rank has received, or 0.
+
+        Returns:
+            The largest ``signal`` of any rank.
+        """
+        began = time.monotonic()
+        metrics, signal = self._step(window, signal)
+        step = self._advance(metrics, time.monotonic() - began)
+        log = self._is_ending or step == 1 or step % self.config.training.log_interval == 0
+        self.display.step(step, metrics, log)
+        if self.tracker is not None and log:
+            self.tracker.log(step, metrics | {"perf/mem_gib": memory_gib(self.device)})
+        return signal
+
     def _step(self, window: list[Batch], signal: int) -> tuple[dict[str, float], int]:
         """One optimizer step over this rank's micro-batches: metrics of the global batch, and any rank's signal."""
         window = [batch.to(self.device, non_blocking=True) for batch in window]
-        totals = self._count(window)
+        totals = self.count(window)
         learning_rate = self.engine.learning_rate
         collected = WindowMetrics()
         for batch in window:
@@ -169,17 +199,16 @@ class Training:
             self.engine.backward(output.loss)
             self.engine.step()
             collected.add(output)
-        metrics, signal = collected.reduce(signal)
+        same = {"optim/grad_norm": self.engine.grad_norm, "perf/tokens": totals.tokens}
+        metrics, signal = collected.reduce(signal, same)
         metrics["optim/lr"] = learning_rate
-        metrics["optim/grad_norm"] = self.engine.grad_norm
-        metrics["perf/tokens"] = totals.tokens.item()
         return metrics, signal
 
-    def _count(self, window: list[Batch]) -> Totals:
+    def count(self, window: list[Batch]) -> Totals:
         """What losses are divided by, over all ranks and micro-batches, known before the first backward."""
         n = self.engine.module.n
-        packed = torch.stack([self.stage.counts(batch, n).pack() for batch in window]).sum(0)
-        totals = Totals.unpack(distributed.sum_over_ranks(packed), n)
+        packed = torch.stack([self.stage.counts(batch.host, n).pack() for batch in window]).sum(0)
+        totals = Totals.unpack(distributed.sum_over_ranks(packed.to(self.device, non_blocking=True)), n)
         if not self.stage.needs_window:
             return totals
         with self.engine.without_gradient():
@@ -197,7 +226,6 @@ class Training:
             progress.first_loss = metrics["train/loss"]
         metrics["perf/step_time"] = seconds
         metrics["perf/tokens_per_s"] = progress.tokens / progress.seconds
-        metrics["perf/mem_gib"] = memory_gib(self.device)
         progress.stopped = self._should_stop(metrics)
         return progress.step
 
@@ -273,7 +301,8 @@ class Training:
 
     # --- beginning and end ---
 
-    def _start(self, run_name: str) -> None:
+    def start(self, run_name: str) -> None:
+        """Make the run's folder ready, restore a checkpoint to resume from, and begin the tracked run."""
         if self.main:
             self.folder.prepare(self.display.say)
         distributed.barrier()
@@ -288,6 +317,7 @@ class Training:
             "stage": self.config.experiment.stage,
             "world_size": str(distributed.world_size()),
             "zero_stage": "3",
+            "kernels": backend(self.device),
             "config_hash": self.resolved.hash(),
         }
         self.tracker = start_tracking(

@@ -238,6 +238,10 @@ def rho1_linear_cross_entropy(
         )
     flat_hidden_ND, targets_N = hidden_nBSD.reshape(-1, hidden_nBSD.shape[-1]), targets_nBS.reshape(-1)
     check_layer(flat_hidden_ND, weight_VD, targets=targets_N)
+    if reference_nBS.device != targets_N.device:
+        raise ValueError(
+            f"reference must be on the hidden states' device, {targets_N.device}, not {reference_nBS.device}"
+        )
     excess_loss(reference_nBS[:0], reference_nBS[:0], excess)  # an unknown mode is found before any work is done
     if weighting not in ("topk", "softmax"):
         raise ValueError(f"weighting must be 'topk' or 'softmax', not {weighting!r}")

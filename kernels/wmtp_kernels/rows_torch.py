@@ -50,8 +50,9 @@ def cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]
     log_sums_R = torch.empty_like(logits_RV[:, 0])
     for block in _blocks(logits_RV):
         torch.logsumexp(logits_RV[block], -1, out=log_sums_R[block])
-    at_target_R = logits_RV.gather(-1, targets_R[:, None].clamp(min=0)).squeeze(-1)
-    return (log_sums_R - at_target_R).masked_fill(targets_R == IGNORE_INDEX, 0.0), log_sums_R
+    ignored_R = targets_R == IGNORE_INDEX
+    at_target_R = logits_RV.gather(-1, targets_R.masked_fill(ignored_R, 0)[:, None]).squeeze(-1)
+    return (log_sums_R - at_target_R).masked_fill(ignored_R, 0.0), log_sums_R
 
 
 def weighted_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def _row_stride(vocabulary: int) -> int:
 
 def workspace(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[rows, V]``, where a chunk's logits go and their gradients come from; rows start on 16-element borders."""
-    return torch.empty(rows, _row_stride(vocabulary), dtype=dtype, device=device)[:, :vocabulary]
+    padded = torch.empty(rows, _row_stride(vocabulary), dtype=dtype, device=device)
+    padded[:, vocabulary:] = 0  # a product that takes columns by twos or fours reads them, times zero
+    return padded[:, :vocabulary]
 
 
 def visited_rows(targets_N: Tensor, count: int | None) -> Tensor | None:
@@ -279,7 +281,7 @@ def cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]
     losses_R, log_sums_R = torch.empty(2, rows, dtype=torch.float32, device=logits_RV.device)
     launch(
         _cross_entropy_kernel, rows, logits_RV,
-        logits_RV, logits_RV.stride(0), targets_R, losses_R, log_sums_R, vocabulary,
+        logits_RV, logits_RV.stride(0), targets_R.contiguous(), losses_R, log_sums_R, vocabulary,
         IGNORED=IGNORE_INDEX, **_shape(vocabulary),
     )  # fmt: skip
     return losses_R, log_sums_R
@@ -330,7 +332,8 @@ def _weighted(
         )  # fmt: skip
     launch(
         _weighted_kernel, rows, logits_RV,
-        logits_RV, logits_RV.stride(0), targets_R, losses_R, weights_R, deltas_R, rows_R, first, *td, vocabulary,
+        logits_RV, logits_RV.stride(0), targets_R.contiguous(), losses_R, weights_R, deltas_R, rows_R, first, *td,
+        vocabulary,
         IGNORED=IGNORE_INDEX, SOURCE=0 if source is None else 1 if source.advantages_BS is None else 2,
         GATHERED=rows_R is not None, **_shape(vocabulary),
     )  # fmt: skip

@@ -82,6 +82,11 @@ class TDWeights:
                 f"values {list(shape)}, decisions {list(self.decisions_BS.shape)} and rewards "
                 f"{list(self.rewards_B.shape)} must be [B, S], [B, S] and [B]"
             )
+        if not self.values_BS.device == self.rewards_B.device == self.decisions_BS.device:
+            raise ValueError(
+                f"values, rewards and decisions must be on one device, not {self.values_BS.device}, "
+                f"{self.rewards_B.device} and {self.decisions_BS.device}"
+            )
         if self.decisions_BS.dtype != torch.bool:
             raise ValueError(f"decisions must be bool, not {self.decisions_BS.dtype}")
         if not self.beta > 0:
@@ -188,8 +193,10 @@ def td_weighted_linear_cross_entropy(
         exact_dtype(weight_VD.dtype),
     )
     check_layer(flat_hidden_ND, weight_VD, targets=targets_N)
+    if given.device != targets_N.device:
+        raise ValueError(f"weights must be on the hidden states' device, {targets_N.device}, not {given.device}")
     scales_N = head_rows(scales_n, targets_nBS, exact)
-    count = None if counts_nB is None else int(counts_nB.sum())
+    count = None if counts_nB is None else sum(counts_nB.flatten().tolist())
     rows_M = row_operations(targets_N.device).visited_rows(targets_N, count)
 
     def operation(hidden_ND: Tensor, weight_VD: Tensor, **wanted: bool) -> tuple[ChunkedLinear, tuple[Tensor, ...]]:
@@ -218,6 +225,8 @@ def head_rows(scales_n: Tensor | None, targets_nBS: Tensor, dtype: torch.dtype) 
         scales_n = torch.ones(n, dtype=dtype, device=targets_nBS.device)
     if scales_n.shape != (n,):
         raise ValueError(f"scales must have shape [{n}], one for each head, not {list(scales_n.shape)}")
+    if scales_n.device != targets_nBS.device:
+        raise ValueError(f"scales must be on the targets' device, {targets_nBS.device}, not {scales_n.device}")
     rows_N = scales_n[:, None].expand(n, targets_nBS[0].numel()).reshape(-1)
     return learned(targets_nBS.reshape(-1), rows_N, dtype)
 
@@ -249,5 +258,7 @@ def _td_chunks(linear: ChunkedLinear, targets_N: Tensor, td: TDWeights) -> tuple
 
 def _last(decisions_BS: Tensor) -> Tensor:
     """The place of each sequence's last decision, int64 ``[B]``; some other place where there is none."""
+    if not decisions_BS.numel():
+        return decisions_BS.new_zeros(len(decisions_BS), dtype=torch.int64)
     places_S = torch.arange(decisions_BS.shape[1], device=decisions_BS.device)
     return torch.where(decisions_BS, places_S, 0).amax(-1)

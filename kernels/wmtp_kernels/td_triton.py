@@ -8,10 +8,11 @@ from torch import Tensor
 from wmtp_kernels.rows_triton import clipped_exponential, launch
 
 _BLOCK = 1024
+_STATISTICS_BLOCK = 256  # sums in float64 take many registers
 
 
-def _block(length: int) -> int:
-    return min(_BLOCK, max(16, triton.next_power_of_2(length)))
+def _block(length: int, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(length)))
 
 
 @triton.jit
@@ -49,8 +50,9 @@ def _advantage_kernel(
         inside = i < length
         decided = tl.load(decisions + begin + i, mask=inside, other=0) != 0
         last = tl.where(last < 0, tl.max(tl.where(decided, i, -1), 0), last)
-        value = tl.load(values + begin + i, mask=decided, other=0.0)
-        following = gamma * tl.load(values + begin + i + 1, mask=decided & (i + 1 < length), other=0.0)
+        # Masked by place alone: such loads are wide. What stands off decisions is dropped after.
+        value = tl.load(values + begin + i, mask=inside, other=0.0)
+        following = gamma * tl.load(values + begin + i + 1, mask=i + 1 < length, other=0.0)
         delta = tl.where(i == last, reward, following) - value
         delta = tl.where(decided, delta, 0.0)
         if SCAN:
@@ -103,7 +105,7 @@ def _advantages(
         values_BS.float().contiguous(), rewards_B.float().contiguous(),
         decisions_BS.contiguous().view(torch.uint8), advantages_BS, weights_BS, constants_3, length,
         gamma, gamma * td_lambda, min_weight, max_weight,
-        SCAN=gamma * td_lambda != 0.0, WEIGHTS=constants_3 is not None, BLOCK=_block(length), num_warps=4,
+        SCAN=gamma * td_lambda != 0.0, WEIGHTS=constants_3 is not None, BLOCK=_block(length, _BLOCK), num_warps=4,
     )  # fmt: skip
     return advantages_BS, weights_BS
 
@@ -161,7 +163,7 @@ def decision_statistics(
         _statistics_kernel, batch, weights_BS,
         weights_BS.contiguous(), None if td_BS is None else td_BS.contiguous(),
         decisions_BS.contiguous().view(torch.uint8), parts, length,
-        TD=td_BS is not None, BLOCK=_block(length), num_warps=4,
+        TD=td_BS is not None, BLOCK=_block(length, _STATISTICS_BLOCK), num_warps=4,
     )  # fmt: skip
     sums = parts[:, :8].sum(0)
     largest = parts[:, 8:].amax(0) if batch else sums.new_full((4,), -torch.inf)

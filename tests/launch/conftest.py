@@ -18,13 +18,15 @@ BIN = Path(sys.executable).parent
 
 def environment() -> dict[str, str]:
     """A user's environment in the virtual environment that runs the tests, without what pytest or CI add."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WMTP_", "MLFLOW_", "PYTEST_"))}
+    ours = ("WMTP_", "MLFLOW_", "PYTEST_", "TRITON_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
 
 
-def run(command: list[str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would, with its output as text."""
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    full = environment() | variables
+    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
 
 
 def launcher(ranks: int) -> list[str]:

@@ -42,6 +42,10 @@ MORE = {
     "verifiable-adamw": ("verifiable", [*ADAMW, "training.value_lr=5e-3"]),
     "rho1-batch": ("rho1", [*ADAMW, 'training.selection_scope="batch"', "training.k_percent=0.55"]),
 }
+# Trained with the Triton kernels as well, for the two steps that their interpreter has time for: the second loss shows
+# what the gradients of the first have done.
+IN_TRITON = ("verifiable", "verifiable-normalised", "rho1-sequence", "rho1-batch")
+TRITON_STEPS = 2
 
 
 def job(root: Path, name: str, stage: str, overrides: list[str], layout: tuple[int, int, int]) -> dict:
@@ -69,12 +73,12 @@ def job(root: Path, name: str, stage: str, overrides: list[str], layout: tuple[i
     }
 
 
-def start(root: Path, jobs: list[dict], ranks: int) -> None:
+def start(root: Path, jobs: list[dict], ranks: int, **variables: str) -> None:
     """Run jobs in one launch."""
     file = root / f"jobs-{ranks}-{len(jobs)}-{len(list(root.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     driver = str(Path(__file__).with_name("driver.py"))
-    done = run([*launcher(ranks), driver, str(file)], root)
+    done = run([*launcher(ranks), driver, str(file)], root, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all jobs done") == ranks
 
@@ -97,6 +101,10 @@ def trained(workspace: Path) -> Path:
     for layout in LAYOUTS:
         jobs = INVARIANT | MORE if layout == (2, 2, 1) else INVARIANT
         start(workspace, [job(workspace, name, *spec, layout) for name, spec in jobs.items()], layout[0])
+    in_triton = [job(workspace, f"triton-{name}", *(INVARIANT | MORE)[name], (2, 2, 1)) for name in IN_TRITON]
+    for spec in in_triton:
+        spec["override"].append(f"training.max_steps={TRITON_STEPS}")
+    start(workspace, in_triton, 2, WMTP_KERNELS="triton", TRITON_INTERPRET="1")
     return workspace
 
 
@@ -108,11 +116,11 @@ def random_head() -> ValueHead:
     return head
 
 
-def losses(root: Path, name: str, layout: tuple[int, int, int]) -> list[float]:
+def losses(root: Path, name: str, layout: tuple[int, int, int], steps: int = STEPS) -> list[float]:
     file = root / "runs" / f"{name}-{'x'.join(map(str, layout))}" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     found = {r["step"]: r["metrics"]["train/loss"] for r in records if "train/loss" in r["metrics"]}
-    return [found[step] for step in range(1, STEPS + 1)]
+    return [found[step] for step in range(1, steps + 1)]
 
 
 def weights(root: Path, name: str, layout: tuple[int, int, int]) -> dict[str, torch.Tensor]:
@@ -131,6 +139,13 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(trained: Path, name:
         assert found.keys() == expected_weights.keys()
         for tensor, value in expected_weights.items():
             torch.testing.assert_close(found[tensor], value, rtol=0, atol=3e-6, msg=f"{layout} {tensor}")
+
+
+@pytest.mark.parametrize("name", IN_TRITON)
+def test_the_triton_kernels_train_as_the_torch_path_does(trained: Path, name: str) -> None:
+    found = losses(trained, f"triton-{name}", (2, 2, 1), TRITON_STEPS)
+    assert found == pytest.approx(losses(trained, name, (2, 2, 1))[:TRITON_STEPS], abs=2e-5)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", [*INVARIANT, *MORE])

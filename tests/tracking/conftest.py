@@ -86,7 +86,7 @@ class FaultyProxy:
                 time.sleep(proxy.delay)
                 self.answer(*proxy.respond(self.command, self.path, body, dict(self.headers)))
 
-            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
+            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
             def answer(self, status: int, kind: str, body: bytes) -> None:
                 try:

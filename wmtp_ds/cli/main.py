@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pipeline": ("wmtp_ds.cli.pipeline:pipeline", "Train several stages, handing the critic over."),
     "model": ("wmtp_ds.cli.model:model", "Make and inspect models."),
     "data": ("wmtp_ds.cli.data:data", "Make and import training data."),
+    "bench": ("wmtp_ds.cli.bench:bench", "Measure the loss kernels and whole training steps."),
     "track": ("wmtp_ds.cli.track:track", "Work with the metrics of runs."),
 }
 

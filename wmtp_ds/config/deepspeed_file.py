@@ -15,6 +15,8 @@ CONFIG = "deepspeed.config"
 REFERENCE_CONFIG = "deepspeed.reference_config"
 
 _ZERO = "zero_optimization"
+# DeepSpeed's own throughput timer waits for the device twice in each micro-batch, for a line that is never printed.
+_NO_TIMERS = {"throughput": {"enabled": False, "synchronized": False}}
 _DEVICES = ("cpu", "nvme", "none")
 
 
@@ -203,6 +205,7 @@ def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -
     training = config.training
     merged = {
         "wall_clock_breakdown": False,
+        "timers": _NO_TIMERS,
         **values,
         "train_batch_size": training.batch_size * training.gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": training.batch_size,
@@ -221,6 +224,7 @@ def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -
 def merge_reference(config: RunConfig, reference: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
     """The JSON of the frozen reference model with what the TOML owns filled in: no optimizer."""
     return {
+        "timers": _NO_TIMERS,
         **values,
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "steps_per_print": 2**31 - 1,

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.models.config_file import read_config_fields
 from wmtp_ds.models.fingerprint import StoredTensor, numbers_of, stored_tensors
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
@@ -66,15 +67,7 @@ def read_llama_config(folder: Path, n_future_tokens: int | None = None) -> Llama
     Raises:
         UserError: if it is missing, damaged, or of another architecture.
     """
-    file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {folder} is not a model folder.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is damaged: it holds no JSON object.")
+    fields, file = read_config_fields(folder), folder / "config.json"
     if fields.get("model_type") != "llama":
         raise UserError(
             f"{file}: model_type is {fields.get('model_type')!r}; only Llama-architecture models work here."
@@ -106,16 +99,26 @@ def load_policy(
         UserError: if files are missing or damaged, or names or shapes do not fit the config.
     """
     sharding = sharding or Whole()
-    config = check_architecture(folder, n_future_tokens)
+    model = build_policy(check_architecture(folder, n_future_tokens), dtype=dtype, sharding=sharding)
+    _fill(model, folder, sharding)
+    return model
+
+
+def build_policy(
+    config: LlamaConfig, *, dtype: torch.dtype = torch.float32, sharding: Sharding | None = None
+) -> MTPLlamaForCausalLM:
+    """A policy whose weights are whatever its memory holds: what comes before they are filled in.
+
+    Args: as :func:`load_policy`.
+    """
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with sharding.construct(), no_init_weights():
+        with (sharding or Whole()).construct(), no_init_weights():
             model = MTPLlamaForCausalLM(config)
             model.tie_weights(recompute_mapping=False)  # which goes with the initialisation that is left out
     finally:
         torch.set_default_dtype(previous)
-    _fill(model, folder, sharding)
     return model
 
 

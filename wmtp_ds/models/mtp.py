@@ -63,8 +63,9 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         Attention is causal and nothing else: padding belongs on the right, where no token can see it.
         """
         hidden_BSD = self.model.embed_tokens(input_ids_BS)
+        inputs = self._attention_inputs(hidden_BSD)
         for block in self.model.layers[:-1]:
-            hidden_BSD = block(hidden_BSD, **self._attention_inputs(hidden_BSD))
+            hidden_BSD = block(hidden_BSD, **inputs)
         return hidden_BSD
 
     def head_states(self, trunk_BSD: Tensor) -> Tensor:
@@ -76,12 +77,9 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
 
     def _attention_inputs(self, hidden_BSD: Tensor) -> dict[str, Any]:
         positions_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
+        # Not told the positions: it would look for packed sequences in them, and a GPU would be waited for.
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_BSD,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=positions_1S,
+            config=self.config, inputs_embeds=hidden_BSD, attention_mask=None, past_key_values=None
         )
         return {
             "attention_mask": mask,

@@ -39,23 +39,29 @@ def standardisation(
     Returns:
         Scalars in float64.
     """
-    chosen = torch.cat([a[d.bool()] for a, d in zip(advantages, decisions, strict=True)]).detach().double()
-    count = reduce_sum(chosen.new_tensor(float(chosen.numel()))).clamp(min=1.0)
-    shift, scale = chosen.new_zeros(()), chosen.new_ones(())
+    # Masked, not picked out: how many there are would have to be waited for on a GPU.
+    all_N = torch.cat([a.detach().flatten() for a in advantages]).double()
+    chosen_N = torch.cat([d.bool().flatten() for d in decisions])
+
+    def total(values_N: Tensor) -> Tensor:
+        return reduce_sum(torch.where(chosen_N, values_N, 0.0).sum())
+
+    count = reduce_sum(chosen_N.sum().double()).clamp(min=1.0)
+    shift, scale = all_N.new_zeros(()), all_N.new_ones(())
     if zscore:
-        shift = reduce_sum(chosen.sum()) / count
+        shift = total(all_N) / count
         # Two passes: the squares of small differences would drown in the square of a large mean.
-        spread = (reduce_sum(((chosen - shift) ** 2).sum()) / count).sqrt()
+        spread = (total((all_N - shift) ** 2) / count).sqrt()
         # Where all are equal, what is left is the rounding of their mean, which must not be blown up to ±1.
         scale = torch.where(spread > 1e-12 * shift.abs(), spread, 1.0)
-    log_mean = chosen.new_zeros(())
+    log_mean = all_N.new_zeros(())
     if mean1:
-        logs = (chosen - shift) / (scale * beta)
-        largest = reduce_max(logs.max() if logs.numel() else logs.new_tensor(-torch.inf))
+        logs_N = (all_N - shift) / (scale * beta)
+        largest = reduce_max(torch.where(chosen_N, logs_N, -torch.inf).amax())
         largest = torch.where(largest.isfinite(), largest, 0.0)
         # An all-masked batch has no mean; log_mean stays finite and multiplies nothing.
-        total = reduce_sum((logs - largest).exp().sum())
-        log_mean = torch.where(total > 0, largest + (total / count).log(), 0.0)
+        weight = total((logs_N - largest).exp())
+        log_mean = torch.where(weight > 0, largest + (weight / count).log(), 0.0)
     return Standardisation(shift, scale, log_mean)
 
 

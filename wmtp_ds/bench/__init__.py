@@ -1,0 +1,1 @@
+"""What measures the training step: ``wmtp-ds bench step``."""
