@@ -220,8 +220,8 @@ def test_no_rows(arm):
 @pytest.mark.parametrize("td_lambda", [0.0, 0.7])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_td_weighted(arm, row_layout, td_lambda, gathered):
-    heads, batch, length, vocabulary = arm.size((3, 2, 7, 40), (4, 4, 512, 32_000))
-    gamma, low, high, start, constants = 0.9, 0.6, 0.9, 5, (0.13, 0.31, -0.2)
+    heads, batch, length, vocabulary = arm.size((2, 3, 7, 40), (4, 4, 512, 32_000))
+    gamma, low, high, start, constants = 0.9, 0.3, 2.0, 5, (0.13, 0.31, -0.2)
     places = decide(arm, batch, length)
     logits, drawn, _ = logits_of(arm, heads * batch * length, vocabulary, torch.float32)
     targets = targets_of(arm, places.decisions, heads, drawn.clamp(min=0).view(heads, batch, length))

@@ -175,3 +175,9 @@ def test_float32_weights_stay_float32():
     deltas = torch.tensor([[0.5, -0.25]])
     found = constants([deltas], [torch.ones(1, 2)], zscore=True, mean1=True)
     assert found.weights(deltas, 0.9, 0.1, 5.0).dtype == torch.float32
+
+
+def test_what_is_masked_does_not_hide_small_weights():
+    """The exponentials are scaled by the largest of the decisions, not by a masked position's."""
+    found = constants([torch.tensor([[0.0, -900.0]])], [torch.tensor([[False, True]])], beta=1.0, mean1=True)
+    assert float(found.log_mean) == pytest.approx(-900.0)
