@@ -14,15 +14,17 @@ Backend = Literal["torch", "triton"]
 logger = logging.getLogger("wmtp_kernels")
 
 
-def backend(device: torch.device | str) -> Backend:
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Backend:
     """What computes on this device: chosen once for each kind of device, and logged.
 
-    ``WMTP_KERNELS=torch`` or ``WMTP_KERNELS=triton`` in the environment forces one.
+    ``WMTP_KERNELS=torch`` or ``WMTP_KERNELS=triton`` in the environment forces one. The kernels compute in float32:
+    float64 is torch's in any case.
 
     Raises:
         ValueError: if ``WMTP_KERNELS`` is something else, or asks for Triton where it cannot run.
     """
-    return _choose(torch.device(device).type, os.environ.get("WMTP_KERNELS", ""))
+    chosen = _choose(torch.device(device).type, os.environ.get("WMTP_KERNELS", ""))
+    return "torch" if dtype == torch.float64 else chosen
 
 
 @functools.cache
@@ -59,6 +61,6 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def row_operations(device: torch.device) -> ModuleType:
-    """:mod:`wmtp_kernels.rows_torch` or :mod:`wmtp_kernels.rows_triton`: the same functions, by device."""
-    return importlib.import_module(f"wmtp_kernels.rows_{backend(device)}")
+def row_operations(hidden: torch.Tensor) -> ModuleType:
+    """:mod:`wmtp_kernels.rows_torch` or :mod:`wmtp_kernels.rows_triton`: the same functions, by device and dtype."""
+    return importlib.import_module(f"wmtp_kernels.rows_{backend(hidden.device, hidden.dtype)}")

@@ -79,7 +79,7 @@ class ChunkedLinear:
         wants_hidden: bool = False,
         wants_weight: bool = False,
     ):
-        self.operations = row_operations(hidden_ND.device)
+        self.operations = row_operations(hidden_ND)
         self.hidden_ND, self.weight_VD = hidden_ND.contiguous(), weight_VD
         self.rows = rows
         self.count = len(hidden_ND) if rows is None else len(rows)
@@ -146,19 +146,20 @@ class ChunkedLinear:
         self._first = False
 
     def gradients(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden states and unembedding, given that of the loss; can be called once."""
+        """Gradients of hidden states and unembedding, given that of the loss; once, after :meth:`release`."""
         hidden, weight = self.grad_hidden_ND, self.grad_weight_VD
         if hidden is not None:
             hidden = hidden.mul_((self._relative_N * (upstream * self.power))[:, None])
         if weight is not None:
             if self._first:
                 weight.zero_()
-            weight = _times(weight, upstream * self.power, self.weight_VD.dtype)
+            weight = _times(weight, upstream * self.power, self._weight_dtype)
         return hidden, weight
 
     def release(self) -> None:
-        """Forget the logits."""
-        self._workspace = None
+        """Keep what backward needs, the gradients; neither logits nor inputs."""
+        self._weight_dtype = self.weight_VD.dtype
+        del self._workspace, self.hidden_ND, self.weight_VD, self.rows
 
 
 def _times(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,7 +171,8 @@ def _times(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _common_power(scales_N: Tensor) -> Tensor:
     """The power of two just above the largest scale, a scalar; 1 if all scales are 0."""
     largest = scales_N.abs().amax() if scales_N.numel() else scales_N.new_zeros(())
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    # A number over its mantissa, which is exact; a power computed on a GPU need not be.
+    return torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
 
 
 class _FormedInForward(torch.autograd.Function):
@@ -210,7 +212,9 @@ def formed_in_forward(operation: Callable[..., Any], hidden_ND: Tensor, weight_V
     if not torch.is_grad_enabled():
         # An autograd function forms gradients of whatever requires them, even where none can be asked for.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    outputs: tuple[Tensor, ...] = _FormedInForward.apply(hidden_ND, weight_VD, operation)
+    # Autocast would give some of the products another dtype than what they are added to.
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        outputs: tuple[Tensor, ...] = _FormedInForward.apply(hidden_ND, weight_VD, operation)
     return outputs
 
 

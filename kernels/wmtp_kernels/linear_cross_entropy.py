@@ -40,9 +40,9 @@ def reference_cross_entropy(
         ValueError: if shapes, dtypes or devices do not fit. RuntimeError: if the unembedding is not gathered.
     """
     check_layer(hidden_ND, weight_VD, targets=targets_N)
-    operations = row_operations(hidden_ND.device)
-    linear = ChunkedLinear(hidden_ND, weight_VD, rows=operations.visited_rows(targets_N, count))
-    return cross_entropies(linear, targets_N)
+    rows_M = row_operations(hidden_ND).visited_rows(targets_N, count)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return cross_entropies(ChunkedLinear(hidden_ND, weight_VD, rows=rows_M), targets_N)
 
 
 def cross_entropies(linear: ChunkedLinear, targets_N: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def weighted_linear_cross_entropy(
     exact = exact_dtype(hidden_ND.dtype)
     weights_N = learned(targets_N, weights_N, exact)
     scales_N = learned(targets_N, torch.ones_like(weights_N) if scales_N is None else scales_N, exact)
-    rows_M = row_operations(hidden_ND.device).visited_rows(targets_N, count)
+    rows_M = row_operations(hidden_ND).visited_rows(targets_N, count)
 
     def operation(hidden_ND: Tensor, weight_VD: Tensor, **wanted: bool) -> tuple[ChunkedLinear, tuple[Tensor, Tensor]]:
         linear = ChunkedLinear(hidden_ND, weight_VD, scales_N, rows=rows_M, **wanted)

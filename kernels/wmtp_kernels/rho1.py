@@ -11,16 +11,17 @@ are selected is known before which: no step waits for the device. Memory is one 
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from itertools import accumulate
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wmtp_kernels.backend import backend, row_operations
+from wmtp_kernels.backend import row_operations
 from wmtp_kernels.chunked_linear import ChunkedLinear, Rows, check_layer, exact_dtype, formed_in_forward
 from wmtp_kernels.constants import IGNORE_INDEX
 from wmtp_kernels.linear_cross_entropy import cross_entropies, weighted_chunks
-from wmtp_kernels.td_linear_cross_entropy import head_rows
+from wmtp_kernels.td_linear_cross_entropy import check_counts, head_rows
 
 
 def kept_count(supervised: int, k_percent: float) -> int:
@@ -106,7 +107,9 @@ def softmax_weights(excess_nBS: Tensor, mask_nBS: Tensor, temperature: float = 1
 class _TopK:
     """Selection of the highest scores of each group; rows lie group by group, a head's or a sequence's together."""
 
-    def __init__(self, targets_nBS: Tensor, counts_nB: Tensor | None, k_percent: float, scope: str):
+    def __init__(
+        self, targets_nBS: Tensor, counts_nB: Tensor | None, k_percent: float, scope: str, operations: ModuleType
+    ):
         n, batch, length = targets_nBS.shape
         if scope not in ("batch", "sequence"):
             raise ValueError(f"selection_scope must be 'batch' or 'sequence', not {scope!r}")
@@ -115,15 +118,14 @@ class _TopK:
         mask_nBS = targets_nBS != IGNORE_INDEX
         groups = n if scope == "batch" else n * batch
         supervised_G = mask_nBS.reshape(groups, whole).sum(-1)
-        if backend(targets_nBS.device) == "torch":
+        if not operations.WAITING_COSTS:
             counts_nB = mask_nBS.sum(-1)
         if counts_nB is None:  # every row, whether it has a target or not: their number is known to the host
             self.rows_M, sizes, self._sizes_G = None, [whole] * groups, torch.full_like(supervised_G, whole)
         else:
             counts_G = counts_nB.sum(-1) if scope == "batch" else counts_nB.reshape(-1)
             sizes, self._sizes_G = [int(count) for count in counts_G.tolist()], supervised_G
-            visited = row_operations(targets_nBS.device).visited_rows
-            self.rows_M = visited(targets_nBS.reshape(-1), sum(sizes))
+            self.rows_M = operations.visited_rows(targets_nBS.reshape(-1), sum(sizes))
         self._kept_G = kept_counts(supervised_G, k_percent)
         self._starts_G = self._sizes_G.cumsum(0) - self._sizes_G
         self.ends = list(accumulate(sizes))
@@ -157,13 +159,13 @@ class _TopK:
 class _Softmax:
     """Soft weights over the heads of a position; rows lie position by position."""
 
-    def __init__(self, targets_nBS: Tensor, temperature: float):
+    def __init__(self, targets_nBS: Tensor, temperature: float, operations: ModuleType):
         self.n, self.temperature = len(targets_nBS), temperature
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
         mask_nP = targets_nBS.reshape(self.n, -1) != IGNORE_INDEX
         rows_nP = torch.arange(mask_nP.numel(), device=mask_nP.device).view_as(mask_nP)
-        if backend(mask_nP.device) == "torch":
+        if not operations.WAITING_COSTS:
             rows_nP = rows_nP[:, mask_nP.any(0)]
         self.rows_M = rows_nP.T.reshape(-1)
 
@@ -246,10 +248,13 @@ def rho1_linear_cross_entropy(
     if weighting not in ("topk", "softmax"):
         raise ValueError(f"weighting must be 'topk' or 'softmax', not {weighting!r}")
     scales_N = head_rows(scales_n, targets_nBS, exact_dtype(weight_VD.dtype))
+    if counts_nB is not None:
+        check_counts(counts_nB, targets_nBS)
+    operations = row_operations(flat_hidden_ND)
     if weighting == "topk":
-        selection: _TopK | _Softmax = _TopK(targets_nBS, counts_nB, k_percent, scope)
+        selection: _TopK | _Softmax = _TopK(targets_nBS, counts_nB, k_percent, scope, operations)
     else:
-        selection = _Softmax(targets_nBS, temperature)
+        selection = _Softmax(targets_nBS, temperature, operations)
     scoring = _Scoring(selection, targets_N, reference_nBS.detach().reshape(-1), excess)
 
     def operation(hidden_ND: Tensor, weight_VD: Tensor, **wanted: bool) -> tuple[ChunkedLinear, tuple[Tensor, ...]]:

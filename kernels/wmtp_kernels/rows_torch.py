@@ -14,6 +14,9 @@ from wmtp_kernels.constants import IGNORE_INDEX
 # Logits of one block of rows on a CPU: 1 MiB in float32, which stays in a core's cache from pass to pass.
 _BLOCK_ELEMENTS = 2**18
 
+# Whether numbers of the device are left alone: here what is to be done may depend on them.
+WAITING_COSTS = False
+
 # Logits that one chunk may hold. Larger chunks make the products a little faster and the memory larger.
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
@@ -63,7 +66,7 @@ def weighted_(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> Tensor
         at_target = z.gather(-1, targets)
         largest = z.amax(-1, keepdim=True)
         sums = z.sub_(largest).exp_().sum(-1, keepdim=True)
-        losses_R[block] = (sums.log() + largest - at_target).squeeze(-1)
+        losses_R[block] = (sums.log() + (largest - at_target)).squeeze(-1)
         z.mul_(weights / sums).scatter_add_(-1, targets, -weights)
     return losses_R
 

@@ -17,19 +17,24 @@ from torch import Tensor
 
 from wmtp_kernels.constants import IGNORE_INDEX
 
+# Whether numbers of the device are left alone: the host must not wait for what it computes.
+WAITING_COSTS = True
+
 # A row of up to this many logits is held in registers whole.
 _WHOLE_ROW = 32_768
 _BLOCK = 4096
 
-# Bytes of logits that one chunk may hold: 8192 rows of 32,000 in bfloat16. Products of that many rows run at full
+# Bytes of logits that one chunk may hold: some 8,300 rows of 32,000 in bfloat16. Products of that many rows run at full
 # speed, and adding them to the float32 sum of the unembedding's gradient is little beside them.
 _CHUNK_BYTES = 8192 * 32_768 * 2
+# Other buffers hold a chunk's hidden states: with few logits a row, these are what to keep small.
+_MOST_ROWS = 32_768
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of logits are held at once."""
     rows = _CHUNK_BYTES // (_row_stride(vocabulary) * dtype.itemsize)
-    return max(16, rows // 128 * 128 if rows >= 128 else rows)
+    return max(16, min(_MOST_ROWS, rows // 128 * 128 if rows >= 128 else rows))
 
 
 def _row_stride(vocabulary: int) -> int:
@@ -50,7 +55,9 @@ def visited_rows(targets_N: Tensor, count: int | None) -> Tensor | None:
     """
     if count is None or count >= targets_N.numel():
         return None
-    return torch.argsort((targets_N == IGNORE_INDEX).to(torch.uint8), stable=True)[:count]
+    ignored_N = targets_N == IGNORE_INDEX
+    torch._assert_async((~ignored_N).sum() <= count, "there are more targets than the count that was given")
+    return torch.argsort(ignored_N.to(torch.uint8), stable=True)[:count]
 
 
 def selected_count(weights_R: Tensor, bound: int) -> int:
@@ -100,7 +107,8 @@ def _cross_entropy_kernel(
         top, total = _largest_and_sum(row, V, BLOCK)
     log_sum = top + tl.log(total)
     tl.store(log_sums + r, log_sum)
-    tl.store(losses + r, tl.where(target == IGNORED, 0.0, log_sum - at_target))
+    # The difference first: where the target is nearly certain, little else is left.
+    tl.store(losses + r, tl.where(target == IGNORED, 0.0, tl.log(total) + (top - at_target)))
 
 
 @triton.jit
@@ -189,6 +197,8 @@ def _weighted_kernel(
         tl.store(weights + r, tl.where(target == IGNORED, 0.0, weight))
         tl.store(deltas + r, delta)
     at_target = tl.load(row + target, mask=known, other=float("nan")).to(tl.float32)
+    # A target that is no token gives NaN, in the loss and in the gradient.
+    weight = tl.where(known | (target == IGNORED), weight, float("nan"))
     columns = tl.arange(0, BLOCK)
     if WHOLE:
         inside = columns < V
@@ -203,7 +213,7 @@ def _weighted_kernel(
     else:
         top, total = _largest_and_sum(row, V, BLOCK)
         _write_gradient(row, row, target, weight, top + tl.log(total), V, IGNORED, BLOCK)
-    tl.store(losses + r, tl.where(target == IGNORED, 0.0, top + tl.log(total) - at_target))
+    tl.store(losses + r, tl.where(target == IGNORED, 0.0, tl.log(total) + (top - at_target)))
 
 
 @triton.jit

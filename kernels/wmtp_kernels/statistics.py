@@ -62,7 +62,7 @@ def decision_statistics(weights_BS: Tensor, decisions_BS: Tensor, td_BS: Tensor 
         decisions_BS: bool.
         td_BS: TD errors or advantages, if there are any.
     """
-    if backend(weights_BS.device) == "triton":
+    if backend(weights_BS.device, weights_BS.dtype) == "triton":
         from wmtp_kernels import td_triton
 
         return Statistics(*td_triton.decision_statistics(weights_BS, decisions_BS, td_BS))

@@ -97,7 +97,7 @@ class TDWeights:
     @torch.no_grad()
     def advantages(self) -> Tensor:
         """TD errors, or GAE if ``td_lambda > 0``: ``[B, S]``, 0 where there is no decision."""
-        if backend(self.values_BS.device) == "triton":
+        if backend(self.values_BS.device, self.values_BS.dtype) == "triton":
             from wmtp_kernels import td_triton
 
             return td_triton.advantages(self.values_BS, self.rewards_B, self.decisions_BS, self.gamma, self.td_lambda)
@@ -111,7 +111,7 @@ class TDWeights:
 def decision_weights(td: TDWeights) -> tuple[Tensor, Tensor]:
     """δ (or the advantage) and the weight of each decision, ``[B, S]`` each, 0 elsewhere; one kernel in Triton."""
     device = td.values_BS.device
-    if backend(device) == "triton":
+    if backend(device, td.values_BS.dtype) == "triton":
         from wmtp_kernels import td_triton
 
         return td_triton.decision_weights(
@@ -145,7 +145,7 @@ class WeightedLoss(NamedTuple):
         loss: scalar, ``Σ_k s_k·losses_k``, differentiable once in hidden states and unembedding.
         losses_n: ``[n]``, ``Σ w·CE`` of each head.
         statistics: moments of weights and TD errors over decisions.
-        weights_BS: ``[B, S]``, the weight of each decision.
+        weights_BS: ``[B, S]``, the weight of each decision (head 1 has a target there), 0 elsewhere; or as given.
         td_BS: ``[B, S]``, its TD error or advantage; None where weights were given ready.
     """
 
@@ -196,12 +196,13 @@ def td_weighted_linear_cross_entropy(
     if given.device != targets_N.device:
         raise ValueError(f"weights must be on the hidden states' device, {targets_N.device}, not {given.device}")
     scales_N = head_rows(scales_n, targets_nBS, exact)
-    count = None if counts_nB is None else sum(counts_nB.flatten().tolist())
-    rows_M = row_operations(targets_N.device).visited_rows(targets_N, count)
+    count = None if counts_nB is None else sum(check_counts(counts_nB, targets_nBS).flatten().tolist())
+    rows_M = row_operations(flat_hidden_ND).visited_rows(targets_N, count)
+    in_triton = backend(targets_N.device, flat_hidden_ND.dtype) == "triton"
 
     def operation(hidden_ND: Tensor, weight_VD: Tensor, **wanted: bool) -> tuple[ChunkedLinear, tuple[Tensor, ...]]:
         linear = ChunkedLinear(hidden_ND, weight_VD, scales_N, rows=rows_M, **wanted)
-        if isinstance(weights, TDWeights) and linear.wants_gradient and backend(targets_N.device) == "triton":
+        if isinstance(weights, TDWeights) and linear.wants_gradient and in_triton:
             losses_N, weights_N, td_N = _td_chunks(linear, targets_N, weights)
             # Of the targets of head 1 each is emitted by a decision of its own.
             ready: tuple[Tensor, ...] = tuple(x_N.view(n, batch, length)[0].clone() for x_N in (td_N, weights_N))
@@ -213,9 +214,26 @@ def td_weighted_linear_cross_entropy(
         return linear, ((scales_N * weighted_N).sum(), weighted_N.view(n, -1).sum(1), *ready)
 
     loss, losses_n, *td, weights_BS = formed_in_forward(operation, flat_hidden_ND, weight_VD)
-    td_BS = td[0] if td else None
-    statistics = decision_statistics(weights_BS, targets_nBS[0] != IGNORE_INDEX, td_BS)
+    decided_BS = targets_nBS[0] != IGNORE_INDEX
+    td_BS = td[0].masked_fill(~decided_BS, 0.0) if td else None
+    if td_BS is not None:
+        weights_BS = weights_BS.masked_fill(~decided_BS, 0.0)
+    statistics = decision_statistics(weights_BS, decided_BS, td_BS)
     return WeightedLoss(loss, losses_n, statistics, weights_BS, td_BS)
+
+
+def check_counts(counts_nB: Tensor, targets_nBS: Tensor) -> Tensor:
+    """The counts, if they can be used without waiting for a device.
+
+    Raises:
+        ValueError: if they are of another shape, or not on the host.
+    """
+    if counts_nB.shape != targets_nBS.shape[:2] or counts_nB.device.type != "cpu":
+        raise ValueError(
+            f"counts must be {list(targets_nBS.shape[:2])} on the CPU, not {list(counts_nB.shape)} on "
+            f"{counts_nB.device}"
+        )
+    return counts_nB
 
 
 def head_rows(scales_n: Tensor | None, targets_nBS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,10 +147,12 @@ def _statistics_kernel(weights, td, decisions, out, length, TD: tl.constexpr, BL
     tl.store(to + 5, tl.sum(d_squares, 0))
     tl.store(to + 6, tl.maximum(entropy, 0.0))
     tl.store(to + 7, tl.where(n > 0, 1.0, 0.0))
-    tl.store(to + 8, tl.max(w_low, 0))
-    tl.store(to + 9, tl.max(w_high, 0))
-    tl.store(to + 10, tl.max(d_low, 0))
-    tl.store(to + 11, tl.max(d_high, 0))
+    # A maximum passes over NaN; a sum does not.
+    d_total = tl.sum(d_sum, 0)
+    tl.store(to + 8, tl.where(total == total, tl.max(w_low, 0), total))
+    tl.store(to + 9, tl.where(total == total, tl.max(w_high, 0), total))
+    tl.store(to + 10, tl.where(d_total == d_total, tl.max(d_low, 0), d_total))
+    tl.store(to + 11, tl.where(d_total == d_total, tl.max(d_high, 0), d_total))
 
 
 def decision_statistics(

@@ -229,8 +229,9 @@ def decide(arm: Arm, batch: int, length: int, seed: int = 0) -> Decisions:
     values = torch.rand(batch, length, generator=generator, device=arm.device)
     rewards = torch.rand(batch, generator=generator, device=arm.device).round()
     positions = torch.arange(length, device=arm.device)
-    begin, end = torch.rand(2, batch, 1, generator=generator, device=arm.device) * length / 3
-    decisions = (positions >= begin) & (positions < length - 1 - end)
+    begin, end = (torch.rand(2, batch, 1, generator=generator, device=arm.device) * (length // 8)).floor()
+    end = end // 3 * 3 + torch.arange(batch, device=arm.device)[:, None] % 3  # neighbours end at different places
+    decisions = (positions >= begin + 1) & (positions < length - 1 - end)
     decisions[::3] &= torch.rand(decisions[::3].shape, generator=generator, device=arm.device) < 0.8
     decisions[batch - 1 :] = False if batch > 1 else decisions[batch - 1 :]
     return Decisions(values, rewards, decisions)

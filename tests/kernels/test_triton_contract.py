@@ -251,3 +251,32 @@ def test_weights_take_no_gradient(arm):
     td_weighted_linear_cross_entropy(*problem.leaves(), problem.targets_nBS, td).loss.backward()
     assert values.grad is None
     assert not any(x.requires_grad for x in (*decision_weights(td), td.advantages()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@EACH
+def test_autocast_changes_nothing(problem, dtype):
+    """The products' dtypes are those of the inputs, whatever surrounds the loss."""
+    expected = problem.loss(*problem.leaves()), *problem.gradients()
+    leaves = problem.leaves()
+    with torch.autocast(problem.arm.device.type, dtype=dtype):
+        loss = problem.loss(*leaves)
+        silent = problem.loss(*problem.leaves(False, False))
+    loss.backward()
+    assert torch.equal(loss, expected[0])
+    assert_close((silent,), (expected[0].detach(),))
+    assert_close(tuple(x.grad for x in leaves), expected[1:])
+
+
+@EACH
+def test_float64_is_torchs(problem):
+    """The kernels compute in float32; what is asked for in float64 is given in float64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in problem.leaves())
+    logits = (hidden @ weight.T).flatten(0, 2)
+    problem.arm.rows  # the arm that was asked for, whatever computes
+    loss, *_ = problem.outputs(hidden, weight)
+    assert loss.dtype == torch.float64
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float64
+    del logits
