@@ -63,6 +63,13 @@ def test_triton_can_be_forced(monkeypatch):
         wmtp_kernels.backend("mps")
 
 
+def test_float64_is_torchs_in_any_case(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("WMTP_KERNELS", "triton")
+    assert wmtp_kernels.backend("cuda", torch.bfloat16) == "triton"
+    assert wmtp_kernels.backend("cuda", torch.float64) == "torch"
+
+
 @pytest.mark.parametrize("wrong", ["Triton", "cuda", "1"])
 def test_anything_else_is_refused(wrong, monkeypatch):
     monkeypatch.setenv("WMTP_KERNELS", wrong)

@@ -255,6 +255,9 @@ def test_wrong_arguments_are_refused(arm):
     refused(hidden, weight, targets.to("meta"), reference, match="targets must be on the hidden states' device")
     refused(hidden, weight, targets, reference.to("meta"), match="reference must be on the hidden states' device")
     refused(hidden, weight, targets, reference, scales_n=scales[1:], match="scales must have shape")
+    counts = (targets != IGNORED).sum(-1)
+    refused(hidden, weight, targets, reference, counts_nB=counts.cpu()[1:], match=r"counts must be")
+    refused(hidden, weight, targets, reference, counts_nB=counts.to("meta"), match=r"counts must be .* on the CPU")
     for options in ({"k_percent": 0.0}, {"k_percent": 1.1}, {"k_percent": math.nan}):
         refused(hidden, weight, targets, reference, **options, match="k_percent")
     for temperature in (0.0, -1.0, math.nan):

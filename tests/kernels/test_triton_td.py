@@ -208,7 +208,26 @@ def test_a_value_head_gone_wrong_is_seen(arm, td_lambda):
     assert loss.isnan()
     assert found.weights_BS[b, i].isnan()
     assert found.losses_n.isnan().any()
-    assert found.statistics.weights[1].isnan()
+    assert found.statistics.weights[1:].isnan().all()
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.8])
+def test_decisions_without_a_target_are_none(arm, td_lambda):
+    """Whether the weights are made in the row kernel or before it: where head 1 has no target, nothing is decided."""
+    batch = make_batch(arm, torch.float32)
+    b, i = batch.places.decisions.nonzero()[0].tolist()
+    targets = batch.targets_nBS.clone()
+    targets[0, b, i] = IGNORED
+    batch = batch._replace(targets_nBS=targets)
+    decided = targets[0] != IGNORED
+    learned, _ = measured(batch, batch.td(td_lambda=td_lambda))
+    with torch.no_grad():
+        silent = td_weighted_linear_cross_entropy(*batch[:3], batch.td(td_lambda=td_lambda))
+    for found in (learned, silent):
+        assert not found.weights_BS[~decided].any()
+        assert not found.td_BS[~decided].any()
+        assert found.weights_BS[decided].all()
+        assert found.statistics.weights[0] == decided.sum()
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -288,6 +307,11 @@ def test_wrong_arguments_are_refused(arm):
     refused(hidden, weight.double(), targets, td, match=r"float32, the unembedding is torch.float64")
     refused(hidden, weight.to("meta"), targets, td, match="unembedding must be on the hidden states' device")
     refused(hidden, weight, targets.to("meta"), td, match="targets must be on the hidden states' device")
+    counts = batch.counts()
+    refused(hidden, weight, targets, td, counts_nB=counts[:, 1:], match=r"counts must be \[\d, \d\] on the CPU")
+    refused(
+        hidden, weight, targets, td, counts_nB=counts.to("meta"), match=r"counts must be .* on the CPU, not .* meta"
+    )
     with pytest.raises(ValueError, match="decisions must be bool"):
         TDWeights(places.values, places.rewards, places.decisions.float())
     with pytest.raises(ValueError, match=r"must be \[B, S\], \[B, S\] and \[B\]"):

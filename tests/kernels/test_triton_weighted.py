@@ -1,5 +1,7 @@
 """The weighted cross-entropy on each arm, at sizes of training on a GPU, against float64 and plain torch."""
 
+import math
+
 import pytest
 import torch
 from kernel_cases import (
@@ -17,6 +19,7 @@ from kernel_cases import (
 )
 
 from wmtp_kernels import reference_cross_entropy, weighted_linear_cross_entropy
+from wmtp_kernels.chunked_linear import _common_power
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN and infinities are asked for
 
@@ -30,7 +33,7 @@ def measured(case: Case, upstream: float = 1.0, count: int | None = None) -> Res
     assert hidden.grad is not None
     assert weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == case.hidden.dtype
-    assert loss.dtype == losses.dtype == torch.float32
+    assert loss.dtype == losses.dtype == torch.promote_types(case.hidden.dtype, torch.float32)
     return loss.detach(), losses, hidden.grad, weight.grad
 
 
@@ -66,6 +69,16 @@ def test_ignored_rows_are_left_out_where_their_number_is_known(arm, chunk_of, dt
     assert not found[2][ignored].any()
 
 
+def test_float64_is_torchs(arm, chunk_of):
+    """The kernels compute in float32; what is asked for in float64 is given in float64."""
+    case = peaked(arm, *arm.size((31, 24, 67), (4096, 512, 32_000)), torch.float64)
+    chunk_of(1)  # of the kernels' rows, which have no part in it
+    for found, truth in zip(measured(case), exact(case), strict=True):
+        assert relative_largest(found, truth) < 1e-12
+    losses = reference_cross_entropy(case.hidden, case.weight, case.targets)
+    assert relative_largest(losses, exact(case)[1]) < 1e-12
+
+
 @pytest.mark.parametrize("chunks", [3, 16])
 def test_the_weight_gradient_of_many_chunks_is_that_of_one_product(arm, chunk_of, chunks):
     """At most 1.1 times the error of a single product of bfloat16 factors, however many there are."""
@@ -77,6 +90,39 @@ def test_the_weight_gradient_of_many_chunks_is_that_of_one_product(arm, chunk_of
     chunk_of(-(-rows // chunks))
     assert relative_norm(measured(case)[3], truth) <= 1.1 * once
     assert once <= 1.1 * single + arm.slack(torch.bfloat16)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("arm", ["torch", "interpreter"], indirect=True)
+def test_the_product_of_16_bit_factors_that_adds_to_float32(arm, chunk_of, monkeypatch):
+    """What a GPU is asked for, answered here by the definition: factors of 16 bits, nothing read of a first sum."""
+    case, calls = training_case(arm, torch.bfloat16), []
+
+    def addmm(total, left, right, out_dtype, *, beta=1, alpha=1, out):
+        assert left.dtype == right.dtype == torch.bfloat16
+        assert total.dtype == out.dtype == out_dtype == torch.float32
+        assert total.data_ptr() == out.data_ptr()
+        assert alpha == 1
+        calls.append(beta)
+        product = left.float() @ right.float()
+        return out.copy_(total + product if beta else product)
+
+    make = arm.rows.workspace
+    monkeypatch.setattr(arm.rows, "workspace", lambda *sizes: make(*sizes).as_subclass(OnGpu))
+    chunk_of(8)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("addmm.dtype_out", addmm, "CPU")
+        found = measured(case)
+    assert calls == [0, *[1] * (len(calls) - 1)]
+    assert len(calls) >= 3
+    assert_as_exact_as_plain(found, plain(case), exact(case), arm.slack(torch.bfloat16))
+    single = relative_norm(plain(case)[3], exact(case)[3])
+    assert relative_norm(found[3], exact(case)[3]) <= 1.1 * single + arm.slack(torch.bfloat16)
 
 
 def test_a_scale_common_to_all_rows_shifts_nothing(arm):
@@ -161,6 +207,27 @@ def test_what_stands_at_ignored_rows_counts_for_nothing(arm, rubbish):
     for a, b in zip(measured(spoilt), measured(case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert not reference_cross_entropy(spoilt.hidden, case.weight, case.targets).isnan().any()
+
+
+@pytest.mark.parametrize("arm", ["interpreter"], indirect=True)  # on a GPU it ends the process's use of the device
+def test_a_count_that_is_too_small_is_an_error(arm):
+    case = training_case(arm, torch.float32)
+    known = int((case.targets != IGNORED).sum())
+    with pytest.raises(RuntimeError, match="more targets than the count that was given"):
+        measured(case, count=known - 1)
+    with pytest.raises(RuntimeError, match="more targets than the count that was given"):
+        reference_cross_entropy(case.hidden, case.weight, case.targets, count=known - 1)
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.75, 1 / 389, 5e-39, 3e-41, 1e30])
+def test_scales_are_taken_relative_to_a_power_of_two(largest):
+    """A power of two rounds nothing, however small the scales are."""
+    power = _common_power(torch.tensor([0.0, largest / 3, -largest]))
+    mantissa, exponent = math.frexp(power.item())
+    assert mantissa == 0.5
+    assert 0.5 <= abs(largest) / 2.0 ** (exponent - 1) <= 1.0
+    for none in (torch.zeros(3), torch.empty(0)):
+        assert _common_power(none) == 1
 
 
 def test_all_rows_masked_and_no_rows(arm):

@@ -5,24 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run
+from conftest import run
 
 pytestmark = pytest.mark.launch
 
-# The command alone, from a folder in which there is nothing.
-PROGRAM = """
-import sys
-sys.path.insert(0, {repository!r})
-import wmtp_ds.cli.main as program
-program.COMMANDS["step"] = ("wmtp_ds.cli.bench_step:step", "")
-program.main(["step", *sys.argv[1:]])
-"""
 TINY = ["--size", "micro", "--device", "cpu", "--sequence-length", "64", "--steps", "2", "--warmup", "2"]
 
 
 def bench(folder: Path, *arguments: str) -> dict:
-    code = PROGRAM.format(repository=str(REPOSITORY))
-    done = run(["python", "-c", code, *TINY, *arguments, "--json", "--output", "out"], folder)
+    """From a folder in which there is nothing."""
+    done = run(["wmtp-ds", "bench", "step", *TINY, *arguments, "--json", "--output", "out"], folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # and nothing else is on standard output
 

@@ -55,8 +55,8 @@ def resolve(settings: StepSettings, folder: Path, chosen: Sequence[str], overrid
     """
     stage, device = settings.stage, settings.device
     if stage not in stage_names():
-        hint = did_you_mean(stage, stage_names()) or f"there are: {', '.join(stage_names())}"
-        raise UserError(f"--stage {stage}: there is no such stage; {hint}.")
+        hint = did_you_mean(stage, stage_names()) or f"there are: {', '.join(stage_names())}."
+        raise UserError(f"--stage {stage}: there is no such stage; {hint}")
     root, needs_reference = config_root(), training_class(stage).needs_reference
     deepspeed = root / "ds_configs" / ("zero3.json" if device == "cuda" else "zero3_cpu.json")
     defaults = [f"deepspeed.config={json.dumps(str(deepspeed))}"]

@@ -1,16 +1,57 @@
-"""A model folder's config.json."""
+"""A model folder's config.json, without torch."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import LlamaConfig
+from wmtp_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
 
 
-def write_config(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
+def read_json_object(file: Path, lack: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: to be read.
+        lack: what it means that there is none: "… is not a model folder."
+
+    Raises:
+        UserError: if it is missing, damaged, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {lack}") from None
+    except PermissionError as error:
+        raise UserError(f"{file} may not be read: {error.strerror}. Check its permissions.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error}. Copy the model again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object. Copy the model again.")
+    return content
+
+
+def read_config_fields(folder: Path) -> dict[str, Any]:
+    """What a model folder's config.json says.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    return read_json_object(folder / "config.json", f"{folder} is not a model folder.")
+
+
+def write_config(folder: Path, config: "LlamaConfig", dtype: "torch.dtype") -> None:
     """config.json as ``LlamaForCausalLM``'s, so that tools without our code load the next-token model."""
     fields = config.to_dict() | {
         "architectures": ["LlamaForCausalLM"],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_config_fields(folder, fields)
+
+
+def write_config_fields(folder: Path, fields: dict[str, Any]) -> None:
+    """Write a config.json."""
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.models.config_file import read_config_fields
 
 FILE_NAME = "trunk_fingerprint.json"
-_READ_BYTES = 1 << 24
+_READ_BYTES = 1 << 22
 # Bits of one element, by safetensors' names of dtypes.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -50,18 +51,31 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: if there is none, a shard of the index is missing, or a file is damaged or too short.
     """
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged: {error}. Copy the model again.") from None
+        files = shards_of(index)
+    elif whole.is_file():
+        files = [whole]  # and not what may lie beside it in another tool's layout
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        files = [file for file in files if file.name != "value_head.safetensors"]
+        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "value_head.safetensors"]
     if not files:
         raise UserError(f"{folder} has no safetensors weights. Copy the model again.")
     return {name: tensor for file in files for name, tensor in _header(file).items()}
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that the index of a sharded model names.
+
+    Raises:
+        UserError: if it is damaged, or names anything but files beside it.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no file beside it")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is damaged: {error}. Copy the model again.") from None
+    return [index.with_name(name) for name in names]
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
@@ -73,12 +87,21 @@ def _header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
         return _laid_out(file, header, 8 + length, size)
-    except FileNotFoundError:
-        raise UserError(f"weights file {file} is missing. Copy the model again.") from None
+    except OSError as error:
+        raise file_error(file, error) from None
     except struct.error:
         raise UserError(f"weights file {file} is damaged: it is cut short. Copy the model again.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"weights file {file} is damaged: {error}. Copy the model again.") from None
+
+
+def file_error(file: Path, error: OSError) -> UserError:
+    """What to say of a weights file that the system does not let be read."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"weights file {file} is missing. Copy the model again.")
+    if isinstance(error, PermissionError):
+        return UserError(f"weights file {file} may not be read: {error.strerror}. Check its permissions.")
+    return UserError(f"weights file {file} cannot be read: {error}. Copy the model again.")
 
 
 def _laid_out(file: Path, header: Any, start: int, size: int) -> dict[str, StoredTensor]:
@@ -132,7 +155,12 @@ def numbers_of(names: Iterable[str], holder: str) -> set[int]:
     return {int(match[1]) for name in names if (match := item.match(name))}
 
 
-def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
+def bytes_in_chunks(tensor: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a stored tensor, a few megabytes at a time.
+
+    Raises:
+        UserError: if the file ends before the tensor does.
+    """
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
         remaining = tensor.stop - tensor.start
@@ -152,22 +180,21 @@ def compute_trunk_fingerprint(folder: Path) -> str:
     Raises:
         UserError: if config.json or the weights are missing or damaged.
     """
-    config = folder / "config.json"
-    try:
-        layers = json.loads(config.read_text())["num_hidden_layers"]
-        if type(layers) is not int:
-            raise ValueError(f"num_hidden_layers is {layers!r}")
-    except FileNotFoundError:
-        raise UserError(f"{config} is missing: {folder} is not a model folder.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} is damaged: {error}. Copy the model again.") from None
+    layers = read_config_fields(folder).get("num_hidden_layers")
+    if type(layers) is not int:
+        raise UserError(f"{folder / 'config.json'} is damaged: num_hidden_layers is {layers!r}. Copy the model again.")
     digest = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(folder).items()):
         if is_trunk(name, layers):
-            digest.update(f"{name}\0{tensor.dtype}\0{','.join(map(str, tensor.shape))}\0".encode())
-            for chunk in _chunks(tensor):
+            digest.update(trunk_entry(name, tensor))
+            for chunk in bytes_in_chunks(tensor):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def trunk_entry(name: str, tensor: StoredTensor) -> bytes:
+    """What goes before a tensor's bytes in the fingerprint."""
+    return f"{name}\0{tensor.dtype}\0{','.join(map(str, tensor.shape))}\0".encode()
 
 
 def store_trunk_fingerprint(folder: Path) -> str:
@@ -176,13 +203,18 @@ def store_trunk_fingerprint(folder: Path) -> str:
     A folder that cannot be written to (a shared, read-only model) is only warned about.
     """
     fingerprint = compute_trunk_fingerprint(folder)
-    temporary = folder / f".{FILE_NAME}.tmp"
     try:
-        temporary.write_text(json.dumps({"sha256": fingerprint}) + "\n")
-        temporary.replace(folder / FILE_NAME)
+        write_trunk_fingerprint(folder, fingerprint)
     except OSError as error:
         logger.warning("the trunk's fingerprint was not stored and has to be computed each time: %s", error)
     return fingerprint
+
+
+def write_trunk_fingerprint(folder: Path, fingerprint: str) -> None:
+    """Store a fingerprint (64 hex digits) beside the weights that it is of."""
+    temporary = folder / f".{FILE_NAME}.tmp"
+    temporary.write_text(json.dumps({"sha256": fingerprint}) + "\n")
+    temporary.replace(folder / FILE_NAME)
 
 
 def read_trunk_fingerprint(folder: Path) -> str | None:
