@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from wmtp_ds.errors import UserError
@@ -253,7 +253,10 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; never runs code from the folder.
+    """The tokenizer of a model folder, as its tokenizer.json stands; never runs code from the folder.
+
+    Of the classes that a tokenizer_config.json may name, some take the vocabulary alone and cut texts by rules of their
+    own (``LlamaTokenizer`` and ``GPT2Tokenizer`` of transformers 5).
 
     Raises:
         UserError: if there is none, or it lacks an end-of-text token.
@@ -261,7 +264,8 @@ def load_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():  # transformers would take it for the name of a model on the hub
         raise UserError(f"{folder} does not exist: there is no tokenizer to load.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions, too
         raise UserError(f"{folder} has no tokenizer that loads: {_in_one_line(error)}") from None
     if tokenizer.eos_token_id is None:

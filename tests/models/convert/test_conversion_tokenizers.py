@@ -326,6 +326,7 @@ def test_another_end_of_texts_is_doubtful(make_llama, tmp_path, ends, doubtful):
 def test_a_tokenizer_without_an_end(make_llama, tmp_path):
     folder = make_llama()
     edit(folder / "tokenizer_config.json", eos_token=None)
+    edit(folder / "config.json", eos_token_id=999)
     with pytest.raises(UserError, match=r"the tokenizer in .*source has no end-of-text token"):
         import_model(folder, tmp_path / "policy")
 
@@ -342,9 +343,39 @@ def test_a_tokenizer_that_asks_for_code(make_llama, tmp_path):
 def test_a_class_that_reads_otherwise_is_found(llama_2, tmp_path, monkeypatch):
     """What is tried on texts is what transformers will load."""
     folder, _ = llama_2
-    monkeypatch.setattr("wmtp_ds.models.convert.tokenizer._OWN_CLASSES", __import__("re").compile("nothing"))
+    monkeypatch.setattr("wmtp_ds.models.convert.tokenizer.PLAIN_CLASS", "LlamaTokenizer")
     with pytest.raises(UserError, match=r"source: transformers reads .* in another way than its tokenizer\.json says"):
         import_model(folder, tmp_path / "policy")
+
+
+def test_digits_stay_apart(make_llama, tmp_path):
+    """As in SmolLM2's folder: a rule of its own in tokenizer.json, and a class that would leave it out."""
+    folder = make_llama()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"] | {"Ġ1": 259, "12": 260}
+    content["model"] |= {"vocab": vocabulary, "merges": [["Ġ", "1"], ["1", "2"]]}
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    edit(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = plain.encode("x = 12 + 1").ids
+    assert not {259, 260} & set(expected)
+    assert AutoTokenizer.from_pretrained(folder)("x = 12 + 1").input_ids != expected, "what this is for"
+    assert load_tokenizer(folder)("x = 12 + 1").input_ids == expected, "a folder that was never imported"
+    import_model(folder, tmp_path / "policy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy")("x = 12 + 1").input_ids == expected
+
+
+def test_special_tokens_that_a_class_knew(make_llama, tmp_path):
+    """They are said once the class is another; what tokenizer_config.json or the map of special tokens says wins."""
+    folder = make_llama()
+    edit(folder / "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<s>"}))
+    edit(folder / "tokenizer_config.json", bos_token="</s>")
+    import_model(folder, tmp_path / "policy")
+    tokenizer = load_tokenizer(tmp_path / "policy")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("</s>", "</s>")
 
 
 # --- the fingerprint of a vocabulary ---

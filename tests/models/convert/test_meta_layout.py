@@ -383,6 +383,38 @@ def test_params_that_no_longer_hold_are_made_anew(make_release, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "kept",
+    [
+        3,
+        {},
+        {"files": ["../../evil.pth"]},
+        {"files": ["/tmp/evil.pth"]},
+        {"files": ["evil.sh"]},
+        {"files": ["a.pth", "a.pth"]},
+        {"files": []},
+        {"files": "consolidated.pth"},
+        {"embedding_axis": 2},
+        {"params": {"dim": "wide"}},
+        {"params": {"n_layers": 3}},
+        {"params": None},
+    ],
+)
+def test_what_a_config_claims_of_a_release_is_not_trusted(make_release, tmp_path, kept):
+    """A config.json comes from anywhere: a file is written where it belongs, or the claim counts for nothing."""
+    folder, _ = make_release()
+    import_model(folder, tmp_path / "policy")
+    config = tmp_path / "policy" / "config.json"
+    release = json.loads(config.read_text())["meta_release"]
+    edit(config, meta_release=release | kept if isinstance(kept, dict) and kept else kept)
+    export_model(tmp_path / "policy", tmp_path / "back", format="meta")
+    name = "consolidated.pth" if "dim" in str(kept) or "n_layers" in str(kept) else "consolidated.00.pth"
+    assert {file.name for file in (tmp_path / "back").iterdir()} == {"params.json", "tokenizer.model", name}
+    assert {path.name for path in tmp_path.iterdir()} == {"release", "policy", "back"}
+    params = json.loads((tmp_path / "back/params.json").read_text())
+    assert (params["dim"], params["n_layers"]) == (64, 5)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"attention_bias": True}, "has biases"),
@@ -478,6 +510,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a matrix that is a vector": (
         put("layers.0.attention.wo.weight", torch.ones(64)),
         "not a tensor of 2 dimensions",
+    ),
+    "a single number": (put("output.weight", torch.tensor(1.0)), r"output\.weight is a single number, no weights"),
+    "embeddings of a single number": (
+        put("tok_embeddings.weight", torch.tensor(1.0)),
+        "is a single number, no weights",
     ),
     "integers": (put("norm.weight", torch.ones(64, dtype=torch.int32)), r"norm\.weight is stored as int32: quantised"),
     "NaN": (

@@ -112,20 +112,29 @@ def read_params(file: Path) -> dict[str, Any]:
     """
     params = read_json_object(file, "Meta's layout has one beside its consolidated.*.pth.")
     params = params["model"] if isinstance(params.get("model"), dict) else params
+    check_params(params, str(file))
+    return params
+
+
+def check_params(params: dict[str, Any], where: str) -> None:
+    """What a params.json must say, and must not.
+
+    Raises:
+        UserError: if it does otherwise.
+    """
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "n_future_tokens", "multiple_of"):
         needed = key in ("dim", "n_layers", "n_heads")
         value = params.get(key)
         if (value is None and needed) or (value is not None and (type(value) is not int or value < 1)):
-            raise UserError(f"{file} says {key} = {value!r}; it must be a whole number of at least 1.")
+            raise UserError(f"{where} says {key} = {value!r}; it must be a whole number of at least 1.")
     for key in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
         value = params.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise UserError(f"{file} says {key} = {value!r}; it must be a number above 0.")
+            raise UserError(f"{where} says {key} = {value!r}; it must be a number above 0.")
     if foreign := [key for key in _FOREIGN if params.get(key)]:
-        raise UserError(f"{file} says {foreign[0]}: such models are not supported, only dense Llama models of text.")
+        raise UserError(f"{where} says {foreign[0]}: such models are not supported, only dense Llama models of text.")
     if params["dim"] % params["n_heads"] or params["n_heads"] % (params.get("n_kv_heads") or 1):
-        raise UserError(f"{file}: n_heads must divide dim, and n_kv_heads must divide n_heads.")
-    return params
+        raise UserError(f"{where}: n_heads must divide dim, and n_kv_heads must divide n_heads.")
 
 
 def release_files(folder: Path) -> list[Path]:
@@ -206,6 +215,8 @@ def _require(folder: Path, shards: list[dict[str, LazyTensor]], name: str) -> li
             f"{folder / f'consolidated.{lacking[0]:02d}.pth' if len(shards) > 1 else folder} lacks the tensor {name}. "
             "Copy the model again."
         )
+    if any(not shard[name].shape for shard in shards):
+        raise UserError(f"{folder}: {name} is a single number, no weights. Copy the model again.")
     return [shard[name] for shard in shards]
 
 
@@ -222,7 +233,7 @@ def _vocabulary(folder: Path, params: dict[str, Any], shards: list[dict[str, Laz
 
 def _embedding_axis(params: dict[str, Any], shards: list[dict[str, LazyTensor]]) -> int:
     embeddings = shards[0].get("tok_embeddings.weight")
-    return 0 if len(shards) > 1 and embeddings is not None and embeddings.shape[-1] == params["dim"] else 1
+    return 0 if len(shards) > 1 and embeddings is not None and embeddings.shape[-1:] == (params["dim"],) else 1
 
 
 def _intermediate(folder: Path, params: dict[str, Any], shards: list[dict[str, LazyTensor]]) -> int:

@@ -1,6 +1,7 @@
 """The way back to Meta's layout."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,14 @@ from wmtp_ds.errors import UserError
 from wmtp_ds.models.convert import torch_files
 from wmtp_ds.models.convert.architecture import EMBEDDINGS, UNEMBEDDING, llama_config
 from wmtp_ds.models.convert.deliver import Delivered, Progress, differs, plan_of, write_files
-from wmtp_ds.models.convert.meta import RELEASE, SCALED_ROPE, feed_forward_size, fields_of, tensor_names
+from wmtp_ds.models.convert.meta import (
+    RELEASE,
+    SCALED_ROPE,
+    check_params,
+    feed_forward_size,
+    fields_of,
+    tensor_names,
+)
 from wmtp_ds.models.convert.source import Source
 from wmtp_ds.models.convert.staging import Staging, check_space
 from wmtp_ds.models.convert.tensors import LazyTensor, checksum, pairs_from_halves, portion
@@ -57,7 +65,7 @@ def params_of(source: Source) -> dict[str, Any]:
     config = llama_config(source.fields, source.heads, str(source.path))
     _check_fits(source, config)
     rope: dict[str, Any] = dict(config.rope_parameters or {})
-    kept = source.fields.get(RELEASE, {}).get("params")
+    kept = _release(source)["params"]
     if kept and _describes(kept, source):
         return dict(kept)
     multiple_of, multiplier = _feed_forward_rule(config.hidden_size, config.intermediate_size)
@@ -80,8 +88,31 @@ def params_of(source: Source) -> dict[str, Any]:
     return params
 
 
+def _release(source: Source) -> dict[str, Any]:
+    """What import has kept of the release: params.json, names of files, the embeddings' axis.
+
+    It comes with the model, from wherever that comes: a name that is no name of a file here counts for nothing.
+    """
+    kept = source.fields.get(RELEASE)
+    kept = kept if isinstance(kept, dict) else {}
+    files, axis, params = kept.get("files"), kept.get("embedding_axis"), kept.get("params")
+    if (
+        not isinstance(files, list)
+        or not isinstance(params, dict)
+        or not all(isinstance(name, str) and re.fullmatch(r"[\w-]+(\.\d+)?\.pth", name) for name in files)
+        or len(set(files)) != max(len(files), 1)
+        or axis not in (0, 1)
+    ):
+        return {"params": None, "files": [_FILE], "embedding_axis": 1}
+    return {"params": params, "files": files, "embedding_axis": axis}
+
+
 def _describes(params: dict[str, Any], source: Source) -> bool:
     """Whether an original params.json still says what the model's config does."""
+    try:
+        check_params(params, "params.json")
+    except UserError:
+        return False
     config = llama_config(source.fields, source.heads, str(source.path))
     wanted = fields_of(params, source.heads, config.vocab_size, config.intermediate_size)
     original = llama_config(wanted, source.heads, "params.json")
@@ -128,8 +159,8 @@ def _feed_forward_rule(dim: int, intermediate: int) -> tuple[int, float | None]:
 
 def split_ranks(source: Source, params: Mapping[str, Any]) -> dict[str, dict[str, LazyTensor]]:
     """Tensors in Meta's names and order of rows, by file: one a model-parallel rank."""
-    release = source.fields.get(RELEASE, {})
-    names, axis = release.get("files") or [_FILE], release.get("embedding_axis", 1)
+    release = _release(source)
+    names, axis = release["files"], release["embedding_axis"]
     ranks = len(names)
     head_dim = params["dim"] // params["n_heads"]
     files: dict[str, dict[str, LazyTensor]] = {name: {} for name in names}

@@ -119,7 +119,12 @@ class Staging:
         if self.final.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.final.rename(old)
-        self.folder.rename(self.final)
+        try:
+            self.folder.rename(self.final)
+        except OSError:
+            if old.exists():
+                old.rename(self.final)
+            raise
         _sync(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -1,14 +1,13 @@
 """Tokenizers on their way from one model's folder to another's.
 
 What counts is tokenizer.json: any library reads the same tokens from it. Two things stand in the way. Classes of
-transformers 5 that are named in tokenizer_config.json (``LlamaTokenizer``) build a tokenizer of their own from the
-vocabulary, which loses a space at the start of indented code; so the class becomes the one that takes tokenizer.json as
-it stands. And older models have a tokenizer.model alone, of which a tokenizer.json is made. Either way the result is
-tried on a few texts before a model is written.
+transformers 5 that tokenizer_config.json may name (``LlamaTokenizer``, ``GPT2Tokenizer``) take the vocabulary alone and
+build the rest anew: a space at the start of indented code is lost, digits are cut elsewhere. So the class becomes the
+one that takes tokenizer.json as it stands. And older models have a tokenizer.model alone, of which a tokenizer.json is
+made. Either way the result is tried on a few texts before a model is written.
 """
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +35,8 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Those whose place it takes.
-_OWN_CLASSES = re.compile(r"(Code)?LlamaTokenizer(Fast)?|TokenizersBackend")
+# In a tokenizer_config.json: of the machine that wrote it, or of code that is not run.
+_DROPPED = ("backend", "is_local", "local_files_only", "auto_map", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -141,19 +140,19 @@ def _drop_invented(folder: Path, vocab_size: int) -> None:
 
 def _settle_class(folder: Path, fields: dict[str, Any]) -> None:
     """Let tokenizer.json be taken as it stands, by transformers old and new."""
-    file = folder / "tokenizer_config.json"
-    lack = "a tokenizer needs one."
-    config = read_json_object(file, lack) if file.exists() else _named_special_tokens(folder, fields)
-    if _OWN_CLASSES.fullmatch(str(config.get("tokenizer_class", PLAIN_CLASS))) or "tokenizer_class" not in config:
-        config["tokenizer_class"] = PLAIN_CLASS
-        config["model_input_names"] = ["input_ids", "attention_mask"]
-    for key in ("backend", "is_local", "local_files_only", "auto_map", "name_or_path"):  # of the machine it was made on
-        config.pop(key, None)
+    file, others = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, named = (read_json_object(path, "") if path.exists() else {} for path in (file, others))
+    config = {name: value for name, value in config.items() if name not in _DROPPED}
+    # What a class knew by itself is now said, as far as the model's config does.
+    for name, token in _special_tokens(folder, fields).items():
+        if name not in named:
+            config.setdefault(name, token)
+    config |= {"tokenizer_class": PLAIN_CLASS, "model_input_names": ["input_ids", "attention_mask"]}
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _named_special_tokens(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """What a missing tokenizer_config.json would say: the tokens of the ids in the model's config."""
+def _special_tokens(folder: Path, fields: dict[str, Any]) -> dict[str, str]:
+    """The tokens of the ids that the model's config names."""
     tokens = read_vocabulary(folder / "tokenizer.json")
     named = {}
     for name in ("bos", "eos", "pad"):
@@ -172,7 +171,8 @@ def _check(source: TokenizerSource, folder: Path, fields: dict[str, Any]) -> tup
             f"the tokenizer in {source.path} has a token of id {highest} ({vocabulary[highest]!r}), but the model "
             f"embeds {size} tokens: it is of another vocabulary. Name the model's own with --tokenizer."
         )
-    loaded = load_tokenizer(folder)
+    load_tokenizer(folder)
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     text_of = partial(loaded.decode, clean_up_tokenization_spaces=False)
     plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in PROBES:
