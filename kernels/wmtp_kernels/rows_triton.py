@@ -41,6 +41,12 @@ def _row_stride(vocabulary: int) -> int:
     return -(-vocabulary // 16) * 16
 
 
+def _width(logits_RV: Tensor) -> int:
+    """Columns that belong to a row: with its padding, where it comes from :func:`workspace`."""
+    vocabulary, padded = logits_RV.shape[1], _row_stride(logits_RV.shape[1])
+    return padded if logits_RV.stride(0) == padded else vocabulary
+
+
 def workspace(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[rows, V]``, where a chunk's logits go and their gradients come from; rows start on 16-element borders."""
     padded = torch.empty(rows, _row_stride(vocabulary), dtype=dtype, device=device)
@@ -74,14 +80,28 @@ def _shape(vocabulary: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _largest_and_sum(row, V, BLOCK: tl.constexpr):
+def _load_logits(row, columns, V, width):
+    """Logits as float32, −inf from ``V`` on. Up to ``width``, of which 16 is a factor, whole vectors are loaded."""
+    z = tl.load(row + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+    return tl.where(columns < V, z, -float("inf"))
+
+
+@triton.jit
+def _store_gradient(row, columns, gradient, target, width, IGNORED: tl.constexpr):
+    """Store ``∂L/∂z``: 0 in an ignored row, even where its logits are not finite. Beyond ``V``, exp(−inf)."""
+    gradient = tl.where(target == IGNORED, 0.0, gradient)
+    tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _largest_and_sum(row, V, width, BLOCK: tl.constexpr):
     """``max z`` and ``Σ exp(z − max)`` of a row, by blocks: a running maximum and sum in each column of the block."""
     columns = tl.arange(0, BLOCK)
     # The lowest finite number, not −inf: −inf − (−inf) is NaN.
     largest = tl.full((BLOCK,), -3.4e38, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        z = tl.load(row + start + columns, mask=start + columns < V, other=-float("inf")).to(tl.float32)
+        z = _load_logits(row, start + columns, V, width)
         larger = tl.maximum(largest, z)
         sums = sums * tl.exp(largest - larger) + tl.exp(z - larger)
         largest = larger
@@ -91,7 +111,16 @@ def _largest_and_sum(row, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits, stride, targets, losses, log_sums, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+    logits,
+    stride,
+    targets,
+    losses,
+    log_sums,
+    V,
+    width,
+    IGNORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * stride
@@ -99,16 +128,19 @@ def _cross_entropy_kernel(
     known = (target >= 0) & (target < V)
     at_target = tl.load(row + target, mask=known, other=float("nan")).to(tl.float32)
     if WHOLE:
-        columns = tl.arange(0, BLOCK)
-        z = tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+        z = _load_logits(row, tl.arange(0, BLOCK), V, width)
         top = tl.max(z, 0)
         total = tl.sum(tl.exp(z - top), 0)
     else:
-        top, total = _largest_and_sum(row, V, BLOCK)
-    log_sum = top + tl.log(total)
-    tl.store(log_sums + r, log_sum)
+        top, total = _largest_and_sum(row, V, width, BLOCK)
+    tl.store(log_sums + r, top + tl.log(total))
+    _store_loss(losses + r, target, at_target, top, total, IGNORED)
+
+
+@triton.jit
+def _store_loss(loss, target, at_target, top, total, IGNORED: tl.constexpr):
     # The difference first: where the target is nearly certain, little else is left.
-    tl.store(losses + r, tl.where(target == IGNORED, 0.0, tl.log(total) + (top - at_target)))
+    tl.store(loss, tl.where(target == IGNORED, 0.0, tl.log(total) + (top - at_target)))
 
 
 @triton.jit
@@ -176,6 +208,7 @@ def _weighted_kernel(
     least,
     most,
     V,
+    width,
     IGNORED: tl.constexpr,
     SOURCE: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -199,44 +232,40 @@ def _weighted_kernel(
     at_target = tl.load(row + target, mask=known, other=float("nan")).to(tl.float32)
     # A target that is no token gives NaN, in the loss and in the gradient.
     weight = tl.where(known | (target == IGNORED), weight, float("nan"))
-    columns = tl.arange(0, BLOCK)
     if WHOLE:
-        inside = columns < V
-        z = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        columns = tl.arange(0, BLOCK)
+        z = _load_logits(row, columns, V, width)
         top = tl.max(z, 0)
         powers = tl.exp(z - top)
         total = tl.sum(powers, 0)
+        _store_loss(losses + r, target, at_target, top, total, IGNORED)
         gradient = (weight / total) * powers - tl.where(columns == target, weight, 0.0)
-        # An ignored row is 0, even where its logits are not finite.
-        gradient = tl.where(target == IGNORED, 0.0, gradient)
-        tl.store(row + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+        _store_gradient(row, columns, gradient, target, width, IGNORED)
     else:
-        top, total = _largest_and_sum(row, V, BLOCK)
-        _write_gradient(row, row, target, weight, top + tl.log(total), V, IGNORED, BLOCK)
-    tl.store(losses + r, tl.where(target == IGNORED, 0.0, tl.log(total) + (top - at_target)))
+        top, total = _largest_and_sum(row, V, width, BLOCK)
+        _store_loss(losses + r, target, at_target, top, total, IGNORED)
+        _write_gradient(row, row, target, weight, top + tl.log(total), V, width, IGNORED, BLOCK)
 
 
 @triton.jit
-def _write_gradient(source, row, target, weight, log_sum, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+def _write_gradient(source, row, target, weight, log_sum, V, width, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
     """``w·(exp(z − logsumexp(z)) − onehot(y))``, read from one row and written to the same or another."""
     columns = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
-        inside = start + columns < V
-        z = tl.load(source + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        z = _load_logits(source, start + columns, V, width)
         gradient = weight * tl.exp(z - log_sum) - tl.where(start + columns == target, weight, 0.0)
-        gradient = tl.where(target == IGNORED, 0.0, gradient)
-        tl.store(row + start + columns, gradient.to(row.dtype.element_ty), mask=inside)
+        _store_gradient(row, start + columns, gradient, target, width, IGNORED)
 
 
 @triton.jit
 def _selected_kernel(
-    logits, stride, sources, targets, weights, log_sums, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+    logits, stride, sources, targets, weights, log_sums, V, width, IGNORED: tl.constexpr, BLOCK: tl.constexpr
 ):
     j = tl.program_id(0).to(tl.int64)
     source = logits + tl.load(sources + j) * stride
     _write_gradient(
         source, logits + j * stride, tl.load(targets + j), tl.load(weights + j), tl.load(log_sums + j), V,
-        IGNORED, BLOCK,
+        width, IGNORED, BLOCK,
     )  # fmt: skip
 
 
@@ -292,7 +321,7 @@ def cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]
     launch(
         _cross_entropy_kernel, rows, logits_RV,
         logits_RV, logits_RV.stride(0), targets_R.contiguous(), losses_R, log_sums_R, vocabulary,
-        IGNORED=IGNORE_INDEX, **_shape(vocabulary),
+        _width(logits_RV), IGNORED=IGNORE_INDEX, **_shape(vocabulary),
     )  # fmt: skip
     return losses_R, log_sums_R
 
@@ -343,7 +372,7 @@ def _weighted(
     launch(
         _weighted_kernel, rows, logits_RV,
         logits_RV, logits_RV.stride(0), targets_R.contiguous(), losses_R, weights_R, deltas_R, rows_R, first, *td,
-        vocabulary,
+        vocabulary, _width(logits_RV),
         IGNORED=IGNORE_INDEX, SOURCE=0 if source is None else 1 if source.advantages_BS is None else 2,
         GATHERED=rows_R is not None, **_shape(vocabulary),
     )  # fmt: skip
@@ -358,7 +387,7 @@ def selected_(logits_RV: Tensor, sources_K: Tensor, targets_K: Tensor, weights_K
     launch(
         _selected_kernel, len(sources_K), logits_RV,
         logits_RV, logits_RV.stride(0), sources_K, targets_K, weights_K, log_sums_K, logits_RV.shape[1],
-        IGNORED=IGNORE_INDEX, BLOCK=min(_BLOCK, _shape(logits_RV.shape[1])["BLOCK"]), num_warps=8,
+        _width(logits_RV), IGNORED=IGNORE_INDEX, BLOCK=min(_BLOCK, _shape(logits_RV.shape[1])["BLOCK"]), num_warps=8,
     )  # fmt: skip
 
 

@@ -89,6 +89,8 @@ class TorchFile:
                 return True
         except OSError as error:
             raise file_error(self.path, error) from None
+        except zipfile.BadZipFile as error:
+            raise self._damaged(f"its list of records cannot be read: {error}") from None
         if start == b"\x80\x02":  # a pickle
             return False
         if start == b"PK":
