@@ -135,6 +135,52 @@ def test_rows_of_a_workspace_start_on_even_borders(arm):
         assert workspace.data_ptr() % 16 == 0
 
 
+def run_each(arm: Arm, logits: Tensor, targets: Tensor, weights: Tensor, log_sums: Tensor) -> list[Tensor]:
+    """Losses of the first two, gradients of the last two, of one set of logits that is put back in between."""
+    before = logits.clone()
+    losses, _ = arm.rows.cross_entropy(logits, targets)
+    more_losses = arm.rows.weighted_(logits, targets, weights)
+    gradients = logits.clone()
+    logits.copy_(before)
+    arm.rows.selected_(logits, torch.arange(len(logits), device=arm.device), targets, weights, log_sums)
+    return [losses, more_losses, gradients, logits]
+
+
+@TRITON_ALONE
+@pytest.mark.parametrize("rubbish", [1e4, float("nan"), float("inf")])
+def test_padding_counts_for_nothing_and_ends_as_zero(arm, row_layout, rubbish):
+    """It is read and written with the vectors that hold the last logits; the products that follow may read it, too."""
+    rows, vocabulary = 5, arm.size(35, 32_001)
+    case = peaked(arm, rows, 8, vocabulary, torch.float32)
+    logits = arm.rows.workspace(rows, vocabulary, torch.float32, arm.device)
+    padded = logits.as_strided((rows, logits.stride(0)), logits.stride())
+    padded[:, vocabulary:] = rubbish
+    logits.copy_(case.hidden @ case.weight.T)
+    losses, log_sums, expected = definition(logits, case.targets, case.weights)
+    found = run_each(arm, logits, case.targets, case.weights, log_sums.float())
+    for values in found[:2]:
+        assert relative_largest(values, losses) < 2e-6
+    for gradients in found[2:]:
+        assert_stored(gradients, expected, case.weights, arm)
+    assert not padded[:, vocabulary:].any()
+
+
+@TRITON_ALONE
+@pytest.mark.parametrize("gap", [1, 16])
+def test_columns_that_are_no_padding_are_left_alone(arm, row_layout, gap):
+    rows, vocabulary = 5, arm.size(35, 32_001)
+    case = peaked(arm, rows, 8, vocabulary, torch.float32)
+    wide = torch.full((rows, vocabulary + gap), torch.nan, device=arm.device)
+    logits = wide[:, :vocabulary]
+    logits.copy_(case.hidden @ case.weight.T)
+    losses, log_sums, expected = definition(logits, case.targets, case.weights)
+    found = run_each(arm, logits, case.targets, case.weights, log_sums.float())
+    assert relative_largest(found[1], losses) < 2e-6
+    for gradients in found[2:]:
+        assert_stored(gradients, expected, case.weights, arm)
+    assert wide[:, vocabulary:].isnan().all()
+
+
 @TRITON_ALONE  # torch never visits ignored rows
 @pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
