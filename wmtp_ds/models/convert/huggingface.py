@@ -30,7 +30,7 @@ def open_folder(folder: Path, tokenizer: Path | None = None) -> Source:
         raise UserError(
             f"{folder / 'config.json'} says n_future_tokens = {heads!r}; it must be a whole number of at least 1."
         )
-    tensors, files = _tensors(folder)
+    tensors, files = folder_tensors(folder)
     found = find_tokenizer(folder, tokenizer)
     return Source(
         path=folder,
@@ -69,7 +69,12 @@ def check_is_llama(fields: dict[str, Any], where: str) -> None:
         )
 
 
-def _tensors(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
+def folder_tensors(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
+    """Every tensor of a folder, by name, whether safetensors or torch.save wrote it, and the files they are in.
+
+    Raises:
+        UserError: if there are none, or a file is damaged.
+    """
     has_safetensors = (folder / "model.safetensors.index.json").exists() or any(
         file.name != "value_head.safetensors" for file in folder.glob("*.safetensors")
     )

@@ -1,0 +1,174 @@
+"""Rewards of solutions from a reward model: each solution that a run reads is scored once, before training.
+
+The scores of a frozen model are constants. They are computed by all ranks together, in an engine of its own that is
+gone before the policy is loaded, and kept beside the data's tokens, so that another run over the same rows need not.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wmtp_ds import distributed
+from wmtp_ds.data.index import DataIndex
+from wmtp_ds.errors import UserError
+from wmtp_ds.models.reward import RewardEncoder, padded
+
+Scores = npt.NDArray[np.float32]
+# (input_ids [B, S], lengths [B], pad_id) -> [B]
+Scorer = Callable[[Tensor, Tensor, int], Tensor]
+SCORE_KEY = "reward_score"  # in a row's metadata
+
+
+@dataclass(frozen=True)
+class Squash:
+    """Brings scores into [0, 1]: the logistic function, of z-scores if ``how`` is "zscore_sigmoid".
+
+    Attributes:
+        mean, std: of the scores of the training rows that a run reads (population); used for z-scores.
+    """
+
+    how: str
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def of(cls, how: str, scores: Scores) -> "Squash":
+        """With the statistics of these scores."""
+        known = scores.astype(np.float64)
+        return cls(how, float(known.mean()), float(known.std())) if len(known) else cls(how)
+
+    def __call__(self, scores: Scores) -> Scores:
+        """Rewards in [0, 1], float32; NaN stays NaN."""
+        z = scores.astype(np.float64)
+        if self.how == "zscore_sigmoid":
+            z = (z - self.mean) / (self.std or 1.0)
+        # The form that overflows for neither sign.
+        small = np.exp(-np.abs(z))
+        rewards: Scores = (np.where(z >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
+        return rewards
+
+
+def score_rows(
+    scorer: Scorer,
+    encoder: RewardEncoder,
+    index: DataIndex,
+    row_ids: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    batch_size: int,
+    vocabulary: int,
+    device: torch.device,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """The score of each row, by all ranks together; each calls this with the same rows and gets all scores.
+
+    Args:
+        scorer: the reward model, perhaps in an engine whose forward is a collective.
+        encoder: rows to tokens.
+        index: the data file.
+        row_ids: which rows.
+        batch_size: sequences of one forward pass.
+        vocabulary: tokens that the model embeds.
+        device: where the model is.
+        on_done: called with how many rows were scored since the last call, by all ranks.
+
+    Raises:
+        UserError: if a score is not finite; names the row.
+    """
+    # Long ones first: what does not fit the memory shows at once. Alike lengths share a batch.
+    order = np.asarray(row_ids, np.int64)
+    order = order[np.argsort(-index.output_bytes[order], kind="stable")]
+    rank, world = distributed.rank(), distributed.world_size()
+    scores_R = torch.zeros(len(order), dtype=torch.float64)
+    for start in range(0, len(order), batch_size * world):  # as many passes on every rank
+        mine = slice(start + rank * batch_size, min(start + (rank + 1) * batch_size, len(order)))
+        sequences = [encoder(index.read_row(int(row))) for row in order[mine]] or [[0]]
+        input_ids_BS, lengths_B, pad_id = padded(sequences, vocabulary)
+        with torch.no_grad():
+            found_B = scorer(input_ids_BS.to(device), lengths_B.to(device), pad_id)
+        count = len(order[mine])
+        scores_R[mine] = found_B[:count].double().cpu()
+        on_done(min(start + batch_size * world, len(order)) - start)
+    scores_R = distributed.sum_over_ranks(scores_R.to(device)).cpu()
+    wrong = (~scores_R.isfinite()).nonzero().flatten()
+    if len(wrong):
+        line, score = index.line[order[int(wrong[0])]], scores_R[wrong[0]].item()
+        raise UserError(
+            f"models.reward.path: the reward model's score of {index.path}:{line} is {score}. "
+            "Its weights are damaged, or models.reward.dtype is too narrow for it: try bfloat16 or float32."
+        )
+    places = np.empty(len(index), np.int64)
+    places[order] = np.arange(len(order))
+    result: Scores = scores_R.numpy()[places[np.asarray(row_ids, np.int64)]].astype(np.float32)
+    return result
+
+
+def model_key(folder: Path) -> str:
+    """What tells a reward model from another: its small files' content, its weights' names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        status = file.stat()
+        digest.update(f"{file.name}\0{status.st_size}\0".encode())
+        digest.update(file.read_bytes() if file.suffix == ".json" else str(status.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+class ScoreCache:
+    """Scores of a data file's rows, kept in a file: float32 ``[rows]``, NaN where a row was never scored.
+
+    Args:
+        folder: made if need be.
+        parts: everything that scores depend on.
+        rows: of the data file.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[object], rows: int):
+        key = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:24]
+        self.path, self.rows = folder / f"rewards-{key}.npy", rows
+
+    def load(self) -> Scores:
+        """What is known; all NaN if there is no file, or it is damaged."""
+        try:
+            scores = np.load(self.path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return np.full(self.rows, np.nan, np.float32)
+        fits = isinstance(scores, np.ndarray) and scores.dtype == np.float32 and scores.shape == (self.rows,)
+        return scores if fits else np.full(self.rows, np.nan, np.float32)
+
+    def store(self, scores: Scores) -> None:
+        """Keep them; a folder that cannot be written costs time in the next run, and nothing else."""
+        partial = self.path.with_name(f".partial-{self.path.name}-{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as stream:
+                np.save(stream, scores, allow_pickle=False)
+            partial.replace(self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def stored_scores(index: DataIndex, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> Scores:
+    """The scores that rows carry in their metadata, as ``wmtp-ds data label --reward-model`` writes them.
+
+    Raises:
+        UserError: if a row has none, or one that is no finite number; names the line.
+    """
+    scores = np.empty(len(row_ids), np.float32)
+    for place, row in enumerate(row_ids):
+        score = index.read_row(int(row)).metadata.get(SCORE_KEY)
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e38:
+            raise UserError(
+                f"{index.path}:{index.line[int(row)]}: metadata.{SCORE_KEY} is {score!r}, and models.reward.source = "
+                '"scores" needs a number there: run wmtp-ds data label --reward-model, or set source = "model"'
+            )
+        scores[place] = score
+    return scores
