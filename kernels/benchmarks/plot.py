@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,7 +16,9 @@ def _style(name: str, number: int, ours: set[str]) -> dict[str, Any]:
     if name in _YARDSTICKS:
         return {"color": "black", "linestyle": _YARDSTICKS[name], "linewidth": 1.5}
     dashes = {"linewidth": 2.2} if name in ours else {"linewidth": 1.0, "linestyle": "--"}
-    return {"color": f"C{number % 10}", **dashes}
+    # The strong colours first: of these twenty, every other one is the pale sister of the one before.
+    palette = colormaps["tab20"].colors
+    return {"color": palette[(2 * number + number // 10) % 20], **dashes}
 
 
 def _curves(axis: Axes, document: Mapping[str, Any], figure_of: Any) -> None:

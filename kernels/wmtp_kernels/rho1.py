@@ -104,26 +104,46 @@ def softmax_weights(excess_nBS: Tensor, mask_nBS: Tensor, temperature: float = 1
     return torch.where(mask, mask.sum(0) * scores.softmax(0), 0.0)
 
 
+class Groups(NamedTuple):
+    """The sequences that compete within themselves, where they are not the rows of the batch.
+
+    Attributes:
+        counts: int64 ``[n, G]`` (``[n, B]``) on the host, the targets of each head and sequence; None if not known.
+        ids_BS: int64, the sequence of each position, from 0 and ascending; None where each row is one.
+        number: G, where there are ``ids_BS``.
+    """
+
+    counts: Tensor | None
+    ids_BS: Tensor | None = None
+    number: int | None = None
+
+
 class _TopK:
     """Selection of the highest scores of each group; rows lie group by group, a head's or a sequence's together."""
 
-    def __init__(
-        self, targets_nBS: Tensor, counts_nB: Tensor | None, k_percent: float, scope: str, operations: ModuleType
-    ):
+    def __init__(self, targets_nBS: Tensor, groups: "Groups", k_percent: float, scope: str, operations: ModuleType):
         n, batch, length = targets_nBS.shape
         if scope not in ("batch", "sequence"):
             raise ValueError(f"selection_scope must be 'batch' or 'sequence', not {scope!r}")
         whole = batch * length if scope == "batch" else length
         self.group_rows = max(whole, 1)
         mask_nBS = targets_nBS != IGNORE_INDEX
-        groups = n if scope == "batch" else n * batch
-        supervised_G = mask_nBS.reshape(groups, whole).sum(-1)
-        if not operations.WAITING_COSTS:
-            counts_nB = mask_nBS.sum(-1)
-        if counts_nB is None:  # every row, whether it has a target or not: their number is known to the host
-            self.rows_M, sizes, self._sizes_G = None, [whole] * groups, torch.full_like(supervised_G, whole)
+        counts, ids_BS = groups.counts, groups.ids_BS if scope == "sequence" else None
+        self._ids_N = None
+        if ids_BS is not None:
+            assert groups.number is not None
+            self._ids_N = (torch.arange(n, device=ids_BS.device)[:, None, None] * groups.number + ids_BS).reshape(-1)
+            supervised_G = mask_nBS.new_zeros(n * groups.number, dtype=torch.int64)
+            supervised_G.scatter_add_(0, self._ids_N, mask_nBS.reshape(-1).long())
         else:
-            counts_G = counts_nB.sum(-1) if scope == "batch" else counts_nB.reshape(-1)
+            supervised_G = mask_nBS.reshape(n if scope == "batch" else n * batch, whole).sum(-1)
+        if not operations.WAITING_COSTS:
+            counts = supervised_G.view(n, -1)
+        if counts is None:  # every row, whether it has a target or not: their number is known to the host
+            self.rows_M, sizes = None, [whole] * len(supervised_G)
+            self._sizes_G = torch.full_like(supervised_G, whole)
+        else:
+            counts_G = counts.sum(-1) if scope == "batch" else counts.reshape(-1)
             sizes, self._sizes_G = [int(count) for count in counts_G.tolist()], supervised_G
             self.rows_M = operations.visited_rows(targets_nBS.reshape(-1), sum(sizes))
         self._kept_G = kept_counts(supervised_G, k_percent)
@@ -145,7 +165,7 @@ class _TopK:
 
     def weights(self, scores_R: Tensor, mask_R: Tensor, rows_R: Tensor, start: int) -> Tensor:
         """1 for the selected of these rows, 0 for the others, float32; ties to the lower index."""
-        groups_R = rows_R // self.group_rows
+        groups_R = rows_R // self.group_rows if self._ids_N is None else self._ids_N[rows_R]
         lowest = torch.finfo(scores_R.dtype).min
         ranked_R = scores_R.clamp(min=lowest).masked_fill(~mask_R, -torch.inf)
         order_R = ranked_R.argsort(descending=True, stable=True)
@@ -210,6 +230,7 @@ def rho1_linear_cross_entropy(
     temperature: float = 1.0,
     scales_n: Tensor | None = None,
     counts_nB: Tensor | None = None,
+    sequences_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the targets that Rho-1 selects, through a linear layer whose logits are never all in memory.
 
@@ -223,6 +244,9 @@ def rho1_linear_cross_entropy(
         scales_n: ``[n]`` float32 factor of each head (``1/(n·M_k)``), applied in float32.
         counts_nB: int64 ``[n, B]`` *on the host*: exactly how many targets of each head and sequence are not ignored,
             if known. A GPU then leaves out the others' rows without being waited for. Not needed on a CPU.
+        sequences_BS: int64 ``[B, S]``, the sequence of each position where rows hold several: numbers from 0 that never
+            fall from one position to the next, row after row. Needs ``counts_nB``, which is ``[n, G]`` then, G being
+            the number of sequences.
 
     Returns:
         The scalar loss ``Σ scale·w·CE`` (float32), the detached cross-entropy ``[n, B, S]`` (0 where ignored), and
@@ -248,11 +272,14 @@ def rho1_linear_cross_entropy(
     if weighting not in ("topk", "softmax"):
         raise ValueError(f"weighting must be 'topk' or 'softmax', not {weighting!r}")
     scales_N = head_rows(scales_n, targets_nBS, exact_dtype(weight_VD.dtype))
-    if counts_nB is not None:
+    groups = Groups(counts_nB)
+    if sequences_BS is not None:
+        groups = _check_sequences(sequences_BS, counts_nB, targets_nBS)
+    elif counts_nB is not None:
         check_counts(counts_nB, targets_nBS)
     operations = row_operations(flat_hidden_ND)
     if weighting == "topk":
-        selection: _TopK | _Softmax = _TopK(targets_nBS, counts_nB, k_percent, scope, operations)
+        selection: _TopK | _Softmax = _TopK(targets_nBS, groups, k_percent, scope, operations)
     else:
         selection = _Softmax(targets_nBS, temperature, operations)
     scoring = _Scoring(selection, targets_N, reference_nBS.detach().reshape(-1), excess)
@@ -263,6 +290,19 @@ def rho1_linear_cross_entropy(
 
     loss, losses_N, weights_N = formed_in_forward(operation, flat_hidden_ND, weight_VD)
     return loss, losses_N.view(shape), weights_N.view(shape)
+
+
+def _check_sequences(sequences_BS: Tensor, counts_nG: Tensor | None, targets_nBS: Tensor) -> Groups:
+    if counts_nG is None or counts_nG.dim() != 2 or len(counts_nG) != len(targets_nBS):
+        raise ValueError(f"sequences need their counts, [{len(targets_nBS)}, sequences]")
+    if sequences_BS.shape != targets_nBS.shape[1:] or sequences_BS.device != targets_nBS.device:
+        raise ValueError(
+            f"sequences {list(sequences_BS.shape)} must be {list(targets_nBS.shape[1:])} on {targets_nBS.device}, not "
+            f"on {sequences_BS.device}"
+        )
+    if counts_nG.device.type != "cpu":
+        raise ValueError(f"counts must be on the CPU, not on {counts_nG.device}")
+    return Groups(counts_nG, sequences_BS, counts_nG.shape[1])
 
 
 class _Scoring(NamedTuple):
