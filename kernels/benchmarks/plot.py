@@ -17,8 +17,7 @@ def _style(name: str, number: int, ours: set[str]) -> dict[str, Any]:
         return {"color": "black", "linestyle": _YARDSTICKS[name], "linewidth": 1.5}
     dashes = {"linewidth": 2.2} if name in ours else {"linewidth": 1.0, "linestyle": "--"}
     # The strong colours first: of these twenty, every other one is the pale sister of the one before.
-    palette = colormaps["tab20"].colors
-    return {"color": palette[(2 * number + number // 10) % 20], **dashes}
+    return {"color": colormaps["tab20"]((2 * number + number // 10) % 20), **dashes}
 
 
 def _curves(axis: Axes, document: Mapping[str, Any], figure_of: Any) -> None:
