@@ -12,8 +12,11 @@ BEST, FINAL = "checkpoint_best", "checkpoint_final"
 
 def why_not_a_runs_folder(path: Path) -> str:
     """What else a folder is; "" for a run's, an empty one and one that is not there yet."""
-    if not path.is_dir():
-        return ""
+    try:
+        if not path.is_dir():
+            return ""
+    except OSError as error:  # a name that is too long, say
+        return f"cannot be a folder: {error.strerror}"
     if Path.cwd().is_relative_to(path.resolve()):
         return "holds the current directory"
     try:

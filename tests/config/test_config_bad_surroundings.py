@@ -107,6 +107,7 @@ SAVE_DIRS = {
     "mine/notes.txt/below": (_foreign, "notes.txt is a file"),
     "loop": (_loop, "loop is a symbolic link that leads nowhere"),
     "loop/a/b": (_loop, "loop is a symbolic link that leads nowhere"),
+    "a" * 300: (lambda w: None, "a cannot be a folder: File name too long"),
 }
 
 
