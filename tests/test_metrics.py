@@ -64,13 +64,16 @@ def test_ranks_add_up(monkeypatch):
     sent: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "gather_equal", lambda tensor: (sent.append(tensor.clone()), tensor[None])[1])
-        other.reduce(2)
+        other.reduce(2, largest={"waited": 0.75, "other": 0.0})
     assert len(sent) == 1  # one collective for all that a step has to say
     monkeypatch.setattr(distributed, "gather_equal", lambda tensor: torch.stack([tensor, sent[0]]))
     mine = WindowMetrics()
     mine.add(output(0.25, [2.0], a=1.0))
-    metrics, signal = mine.reduce(0, {"norm": torch.tensor(0.5), "tokens": torch.tensor(7, dtype=torch.int64)})
+    metrics, signal = mine.reduce(
+        0, {"norm": torch.tensor(0.5), "tokens": torch.tensor(7, dtype=torch.int64)}, {"waited": 0.5, "other": 0.25}
+    )
     assert signal == 2
+    assert (metrics["waited"], metrics["other"]) == (0.75, 0.25)  # the largest of any rank
     assert (metrics["train/loss"], metrics["a"]) == (0.75, 4.0)
     assert (metrics["norm"], metrics["tokens"]) == (0.5, 7.0)  # what all ranks have alike is not added up
     values = [-7.0, 1.0, 2.0]

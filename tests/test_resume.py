@@ -100,6 +100,11 @@ def test_what_may_change_is_said(saved: Path) -> None:
     assert changed == ["training.max_steps was 30, now 50", "training.warmup_ratio was 0.03, now 0.5"]
 
 
+def test_packing_may_change_and_where_tokens_are_kept(saved: Path) -> None:
+    changed = check_resume(resolve("baseline", "data_sampling.pack_sequences=true", 'dataset.cache_dir="x"'), "auto")
+    assert changed == ["data_sampling.pack_sequences was False, now True"]
+
+
 def test_a_table_is_compared(saved: Path) -> None:
     checkpoint = saved / "step_00000002"
     assert same_table(checkpoint, resolve("baseline", "training.max_steps=7"), "early_stopping")

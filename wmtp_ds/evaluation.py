@@ -47,10 +47,11 @@ def evaluate(engine: Engine, batches: Sequence[Batch], device: torch.device) -> 
 
 def _final_values(values_BS: Tensor, batch: Batch) -> Tensor:
     """``[b, 2]``: value at the last decision and reward, of the sequences that have decisions."""
-    positions_S = torch.arange(values_BS.shape[1], device=values_BS.device)
-    last_B = torch.where(batch.decisions, positions_S, -1).amax(-1)
-    final_B = values_BS.gather(1, last_B.clamp(min=0)[:, None]).squeeze(1)
-    return torch.stack([final_B, batch.rewards], 1)[last_B >= 0].double().cpu()
+    values_GL, decisions_GL = batch.by_sequence(values_BS), batch.by_sequence(batch.decisions)
+    positions_L = torch.arange(values_GL.shape[1], device=values_GL.device)
+    last_G = torch.where(decisions_GL, positions_L, -1).amax(-1)
+    final_G = values_GL.gather(1, last_G.clamp(min=0)[:, None]).squeeze(1)
+    return torch.stack([final_G, batch.rewards], 1)[last_G >= 0].double().cpu()
 
 
 def area_under_roc(scores_and_rewards: Tensor) -> float | None:

@@ -29,8 +29,18 @@ _FIXED = (
     "training.optimizer",
     "value_head.",
 )
+# Which rows share a tensor's row is not which rows a step reads.
+_MAY_CHANGE = ("data_sampling.pack_sequences",)
 # Of no consequence for what is trained.
-_FREE = ("experiment.", "checkpoint.", "mlflow.", "runtime.log_level", "runtime.device", "deepspeed.")
+_FREE = (
+    "dataset.cache_dir",
+    "experiment.",
+    "checkpoint.",
+    "mlflow.",
+    "runtime.log_level",
+    "runtime.device",
+    "deepspeed.",
+)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -93,7 +103,7 @@ def check_resume(resolved: Resolved, resume: str) -> list[str]:
         if before.get(key) != now.get(key) and (key.startswith(_FIXED) or not key.startswith(_FREE))
     ]
     lines = {key: f"{key} was {before.get(key, 'not set')}, now {now.get(key, 'not set')}" for key in changed}
-    fixed = [line for key, line in lines.items() if key.startswith(_FIXED)]
+    fixed = [line for key, line in lines.items() if key.startswith(_FIXED) and key not in _MAY_CHANGE]
     if fixed:
         raise UserError(
             f"--resume {resume}: {checkpoint} belongs to another run:\n  "

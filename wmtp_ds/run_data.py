@@ -10,12 +10,18 @@ import numpy as np
 
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batches import Batch, Collator, eligible_rows, validation_batches
+from wmtp_ds.data.evaluation_only import refuse_evaluation_rows
 from wmtp_ds.data.index import DataIndex, build_index
-from wmtp_ds.data.loader import load_batch, load_windows
+from wmtp_ds.data.loader import Ranks, load_batch, load_packed, load_windows
 from wmtp_ds.data.sampling import SamplePlan, count_steps, epoch_size, sample_plan
 from wmtp_ds.data.templates import get_template
+from wmtp_ds.data.token_cache import TokenCache, open_token_cache
 from wmtp_ds.errors import UserError
+from wmtp_ds.launch import resolve_device
 from wmtp_ds.models.loading import load_tokenizer
+
+# Rows of an attention mask begin at multiples of this many elements, or torch's kernel copies the mask in each block.
+MASK_ALIGNMENT = 16
 
 
 @dataclass
@@ -30,6 +36,8 @@ class RunData:
     collator: Collator
     validation_rows: np.ndarray
     too_long: int
+    train_tokens: TokenCache | None
+    validation_tokens: TokenCache | None
 
     @property
     def total_steps(self) -> int:
@@ -53,13 +61,18 @@ class RunData:
             batch_size=training.batch_size,
             accumulation=training.gradient_accumulation_steps,
             start=start,
+            cache=self.train_tokens,
+            packed=self.resolved.config.data_sampling.pack_sequences,
         )
 
     def validation_batches(self, rank: int, world_size: int) -> list[Batch]:
         """This rank's share of the validation rows; as many batches on every rank."""
         size = self.resolved.config.training.batch_size
+        data = self.validation, self.collator
+        if self.resolved.config.data_sampling.pack_sequences:
+            return load_packed(*data, self.validation_rows, self.validation_tokens, Ranks(rank, world_size, size))
         shares = validation_batches(self.validation_rows, rank, world_size, size)
-        return [load_batch(self.validation, self.collator, rows) for rows in shares]
+        return [load_batch(*data, rows, self.validation_tokens) for rows in shares]
 
 
 def open_data(resolved: Resolved, world_size: int) -> RunData:
@@ -76,16 +89,24 @@ def open_data(resolved: Resolved, world_size: int) -> RunData:
         )
     tokenizer = load_tokenizer(Path(config.models.policy.tokenizer_path))
     train = build_index(Path(config.dataset.train))
+    if not config.dataset.allow_evaluation_data:
+        refuse_evaluation_rows(config.dataset.train)
     validation = build_index(Path(config.dataset.validation))
     collator = Collator(tokenizer, get_template(config.dataset.template), config.dataset.max_length)
-    eligible, too_long = eligible_rows(train, tokenizer, config.dataset.max_length)
+    if config.data_sampling.pack_sequences and resolve_device(config.runtime.device) == "cuda":
+        collator.pad_to_multiple_of = MASK_ALIGNMENT
+    cache_dir = Path(config.dataset.cache_dir).expanduser() if config.dataset.cache_dir else None
+    tokens, validation_tokens = (
+        open_token_cache(index, collator.encoder, collator.template, cache_dir) for index in (train, validation)
+    )
+    eligible, too_long = eligible_rows(train, tokenizer, config.dataset.max_length, tokens)
     training = config.training
     global_batch = training.batch_size * training.gradient_accumulation_steps * world_size
     steps = count_steps(
         training.n_epochs, epoch_size(train, config.data_sampling, eligible), global_batch, training.max_steps
     )
     plan = sample_plan(train, config.data_sampling, total_steps=steps, global_batch=global_batch, eligible=eligible)
-    fits, _ = eligible_rows(validation, tokenizer, config.dataset.max_length)
+    fits, _ = eligible_rows(validation, tokenizer, config.dataset.max_length, validation_tokens)
     # Validation loss is over correct solutions; a value head is judged on incorrect ones, too.
     wanted = fits if training.has_value_head else fits & validation.is_correct
     rows = np.flatnonzero(wanted)
@@ -95,7 +116,7 @@ def open_data(resolved: Resolved, world_size: int) -> RunData:
             f"dataset.validation: {config.dataset.validation} has no {kind} of at most {config.dataset.max_length} "
             "tokens (dataset.max_length). Add some, or raise the limit."
         )
-    return RunData(resolved, tokenizer, train, validation, plan, collator, rows, too_long)
+    return RunData(resolved, tokenizer, train, validation, plan, collator, rows, too_long, tokens, validation_tokens)
 
 
 def world_size_from_launcher() -> int:

@@ -21,6 +21,7 @@ from wmtp_ds.assembly import (
 from wmtp_ds.checkpoint import Checkpoints
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batches import Batch
+from wmtp_ds.data.loader import timed
 from wmtp_ds.early_stopping import EarlyStopping
 from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
@@ -80,7 +81,9 @@ class Progress:
     best: float = float("inf")
     stopped: bool = False
     seconds: float = 0.0
+    waited: float = 0.0
     tokens: float = 0.0
+    places: float = 0.0
     first_loss: float = float("nan")
     last_loss: float = float("nan")
 
@@ -151,8 +154,8 @@ class Training:
             return 0
         windows = self.data.windows(self.progress.step, distributed.rank(), distributed.world_size())
         stack.callback(windows.close)
-        for window in windows:
-            signal = self.take_step(window, interruption.signal)
+        for window, waited in timed(windows):
+            signal = self.take_step(window, interruption.signal, waited)
             step, ending = self.progress.step, self._is_ending
             if ending or step % training.eval_interval == 0:
                 self._evaluate()
@@ -166,7 +169,7 @@ class Training:
     def _is_ending(self) -> bool:
         return self.progress.stopped or self.progress.step == self.data.total_steps
 
-    def take_step(self, window: list[Batch], signal: int = 0) -> int:
+    def take_step(self, window: list[Batch], signal: int = 0, waited: float = 0.0) -> int:
         """One optimizer step over this rank's micro-batches, accounted for, shown and tracked.
 
         ``wmtp-ds bench step`` measures this function.
@@ -174,20 +177,21 @@ class Training:
         Args:
             window: the micro-batches of one accumulation window.
             signal: the number of a signal that this rank has received, or 0.
+            waited: seconds that this rank has waited for ``window``; they are part of the step.
 
         Returns:
             The largest ``signal`` of any rank.
         """
         began = time.monotonic()
-        metrics, signal = self._step(window, signal)
-        step = self._advance(metrics, time.monotonic() - began)
+        metrics, signal = self._step(window, signal, waited)
+        step = self._advance(metrics, waited + time.monotonic() - began)
         log = self._is_ending or step == 1 or step % self.config.training.log_interval == 0
         self.display.step(step, metrics, log)
         if self.tracker is not None and log:
             self.tracker.log(step, metrics | {"perf/mem_gib": memory_gib(self.device)})
         return signal
 
-    def _step(self, window: list[Batch], signal: int) -> tuple[dict[str, float], int]:
+    def _step(self, window: list[Batch], signal: int, waited: float) -> tuple[dict[str, float], int]:
         """One optimizer step over this rank's micro-batches: metrics of the global batch, and any rank's signal."""
         window = [batch.to(self.device, non_blocking=True) for batch in window]
         totals = self.count(window)
@@ -199,8 +203,8 @@ class Training:
             self.engine.backward(output.loss)
             self.engine.step()
             collected.add(output)
-        same = {"optim/grad_norm": self.engine.grad_norm, "perf/tokens": totals.tokens}
-        metrics, signal = collected.reduce(signal, same)
+        same = {"optim/grad_norm": self.engine.grad_norm, "perf/tokens": totals.tokens, "data/places": totals.places}
+        metrics, signal = collected.reduce(signal, same, {"perf/data_wait": waited})
         metrics["optim/lr"] = learning_rate
         return metrics, signal
 
@@ -220,12 +224,17 @@ class Training:
         progress = self.progress
         progress.step += 1
         progress.seconds += seconds
-        progress.tokens += metrics.pop("perf/tokens")
+        progress.waited += metrics["perf/data_wait"]
+        tokens, places = metrics.pop("perf/tokens"), metrics.pop("data/places")
+        progress.tokens += tokens
+        progress.places += places
         progress.last_loss = metrics["train/loss"]
         if progress.step == 1:
             progress.first_loss = metrics["train/loss"]
         metrics["perf/step_time"] = seconds
         metrics["perf/tokens_per_s"] = progress.tokens / progress.seconds
+        metrics["perf/data_wait"] = progress.waited / progress.seconds
+        metrics["data/padding"] = 1 - tokens / places
         progress.stopped = self._should_stop(metrics)
         return progress.step
 
@@ -368,6 +377,8 @@ class Training:
             seconds=progress.seconds,
             wall_seconds=time.time() - psutil.Process().create_time(),
             tokens_per_s=progress.tokens / max(progress.seconds, 1e-9),
+            data_wait=progress.waited / max(progress.seconds, 1e-9),
+            padding=1 - progress.tokens / max(progress.places, 1.0),
             config_hash=self.resolved.hash(),
             mlflow_run_id=self.tracker.wait_for_run_id(),
             truncated_prompts=self.data.collator.truncated,

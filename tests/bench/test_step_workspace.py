@@ -38,6 +38,7 @@ def test_the_config_is_the_stages_own(stage, tmp_path, monkeypatch):
     expected = files | {
         "experiment.name",
         "models.policy.dtype",
+        "dataset.cache_dir",
         "dataset.max_length",
         "data_sampling.n_samples",
         "training.n_epochs",

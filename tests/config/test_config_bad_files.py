@@ -213,6 +213,10 @@ def test_missing_model_names_path_and_command(workspace, path, command):
     [
         ("storage/data/sample/train.jsonl", "make it: wmtp-ds data sample"),
         ("storage/data/mbpp/x.jsonl", "wmtp-ds data import mbpp --input FILE --output storage/data/mbpp"),
+        (
+            "storage/data/codecontests/train.jsonl",
+            "wmtp-ds data import codecontests --input FOLDER --output storage/data/codecontests",
+        ),
         ("storage/data/cc/x.jsonl", 'JSONL, each line {"problem_id": "1", "instruction": '),
         ("storage/data/cc/x.jsonl", "wmtp-ds data sample, wmtp-ds data import mbpp --input FILE --output DIR"),
     ],

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp_ds.data.frames import Opaque, RunReport, decode, parse_frames
-from wmtp_ds.data.harness import encode
+from wmtp_ds.data.frames import FrameReader, Opaque, RunReport, decode
+from wmtp_ds.data.harness_values import encode
 
 _LEAVES = (
     st.none()
@@ -124,8 +124,27 @@ def _frames(*lines: str) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+def parse_frames(data: bytes, nonces: list[str]) -> list[RunReport]:
+    """Whole, and a byte at a time, which must not make a difference."""
+    whole, bit_by_bit = FrameReader(nonces), FrameReader(nonces)
+    whole.feed(b"r 1\n" + data)
+    for byte in b"r 1\n" + data:
+        bit_by_bit.feed(bytes([byte]))
+    assert whole.ready == bit_by_bit.ready == ["r", "1"]
+    assert repr(whole.reports) == repr(bit_by_bit.reports)
+    return whole.reports
+
+
 def test_frames_are_entered_run_by_run() -> None:
-    data = _frames('v 0 0 ["i","5"]', "e 0 n0", "w 0 exit 0", "x 1 -1 416263 6869", "w 1 signal 9", "t 2 0 1", "m 2 1")
+    data = _frames(
+        'v 0 0 ["i","5"]',
+        "e 0 n0",
+        "w 0 exit 0",
+        "x 1 -1 416263 6869",
+        "w 1 signal 9",
+        "t 2 0 1",
+        f"x 2 1 {b'MemoryError'.hex()} -",
+    )
     first, second, third = parse_frames(data, ["n0", "n1", "n2"])
     assert (first.steps[0].values, first.complete, first.ended) == ((5,), True, "exit")
     assert (second.steps[-1].error, second.steps[-1].message) == ("Abc", "hi")

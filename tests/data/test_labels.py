@@ -18,6 +18,7 @@ from wmtp_ds.data.labels import (
     plan_checks,
     show,
 )
+from wmtp_ds.data.labels_output import Comparison
 from wmtp_ds.data.sandbox import FunctionRun, Limits, Verdict, run_job
 
 QUICK = Limits(cpu_seconds=0.5, wall_seconds=3.0, memory_bytes=256 << 20)
@@ -102,98 +103,121 @@ def test_setup_runs_after_the_solution_and_before_the_tests() -> None:
     assert broken.evidence.startswith("setup: NameError")
 
 
-ATTACKS: dict[str, str] = {
-    "os._exit while loading": "import os\nos._exit(0)",
-    "sys.exit while loading": "import sys\nsys.exit(0)",
-    "os._exit in the function": "import os\ndef f(x): os._exit(0)",
-    "SystemExit in the function": "def f(x): raise SystemExit(0)",
-    "prints a verdict": "def f(x):\n    print('passed')\n    return 0",
-    "an object that equals everything": """
-        class E:
-            def __eq__(self, other): return True
-            def __ne__(self, other): return False
-            def __bool__(self): return True
-            def __sub__(self, other): return self
-            def __abs__(self): return self
-            def __lt__(self, other): return E()
-        def f(x): return E()
-    """,
-    "an int that equals everything": """
-        class E(int):
-            def __eq__(self, other): return True
-            def __format__(self, form): return '2' if form else '2'
-            def __hash__(self): return 1
-        def f(x): return E(7)
-    """,
-    "AssertionError overridden": """
-        import builtins
-        class Quiet(BaseException):
-            def __new__(cls, *args): import os; os._exit(0)
-        builtins.AssertionError = Quiet
-        def f(x): return 0
-    """,
-    "builtins patched": """
-        import builtins
-        builtins.eval = lambda *a, **k: 2
-        builtins.compile = lambda *a, **k: 'f'
-        builtins.type = lambda x: int
-        builtins.issubclass = lambda a, b: b is int
-        def f(x): return 0
-    """,
-    "the harness's functions patched": """
-        import sys
-        frame = sys._getframe()
-        while frame:
-            for name in ('encode', 'emit'):
-                if name in frame.f_globals:
-                    frame.f_globals[name] = lambda *a: '["b",1]'
-            frame = frame.f_back
-        def f(x): return 0
-    """,
-    "frames forged without the nonce": """
-        import os
-        def f(x):
-            for handle in range(1, 20):
-                try:
-                    os.write(handle, b't 0 0 1\\nt 0 1 1\\nt 0 2 1\\ne 0 ' + b'0' * 32 + b'\\nw 0 exit 0\\n')
-                except OSError:
-                    pass
-            os._exit(0)
-    """,
-    "sys.settrace": """
-        import sys
-        def trace(frame, event, arg):
-            if event == 'return' and 'values' in frame.f_locals:
-                frame.f_locals['values'] = [True]
-            return trace
-        sys.settrace(trace)
-        def f(x): return 0
-    """,
-    "the harness killed": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef f(x): return 0",
-    "the harness stopped": "import os, signal\nos.kill(os.getppid(), signal.SIGTERM)\nos._exit(0)",
-}
+NODE = "class Node:\n    def __init__(self, x): self.x = x\n    def more(self): return Node(self.x + 1)\n"
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 @pytest.mark.parametrize(
-    "tests",
+    ("solution", "test", "passes"),
     [
-        DOUBLE,
-        FunctionTests(("assert abs(f(1) - 2) < 0.1", "assert f(2) + 0 == 8 // 2", "assert not f(1) == 3 - 1 + 5")),
+        # Judged in a process of their own: what is data comes over, what is not stays and is called.
+        ("def f(x): return 2 * x", "assert f(2) == 8 // 2", True),
+        ("def f(x): return 2 * x", "assert f(2) == f(f(1))", True),
+        ("def f(x): return 2 * x", "assert f(2) == f(1)", False),
+        ("def f(x): x.append(3)", "a = [1]\nf(a)\nassert a == [1] + [3]", True),
+        ("def f(x): x.clear()", "a, b, c = [1], {1: 1}, {1}\nf(a)\nf(b)\nf(c)\nassert not (a or b or c)", True),
+        ("def f(x, *, y=1): return x * y", "assert f(2, y=3) == 5 + 1", True),
+        ("def f(g, x): return g(x)", "assert f(lambda x: x + 1, 2) == 2 + 1", True),
+        ("def f(g): return g()", "def g(): raise KeyError('k')\nassert f(g) == 1 + 0", False),
+        (
+            "def f(x): raise ValueError('no')",
+            "try: f(1)\nexcept ValueError as e: a = str(e)\nassert a == 'n' + 'o'",
+            True,
+        ),
+        ("def f(x):\n    yield from range(x)", "assert [*f(3)] == [*range(3)]", True),
+        ("def f(x):\n    yield x", "assert next(f(3)) == 1 + 2 and sum(f(3)) > 2", True),
+        ("from collections import deque\ndef f(*x): return deque(x)", "assert not f() and len(f(1)) == 0 + 1", True),
+        ("from collections import deque\ndef f(*x): return deque(x)", "assert f(1)[0] + 0 == 2 - 1", True),
+        (NODE, "assert Node(1).more().x == 1 + 1", True),
+        (NODE, "a = Node(1)\nassert isinstance(a, Node) and not isinstance(1, Node) and a is not None", True),
+        (NODE + "def f(n): return n.x", "assert f(Node(3)) == 2 + 1", True),
+        (NODE + "def f(n): return n", "a = Node(1)\nassert f(a) is a and (f(a) == a) is True", True),
+        ("LIMIT = [1, 2]", "assert sum(LIMIT) == 2 + 1 and LIMIT is not LIMIT", True),
+        ("def f(x): return x", "import math\nassert math.isclose(f(0.1) + f(0.2), 0.3)", True),
+        ("import math\nmath.isclose = lambda *a: True\ndef f(x): return x", "assert math.isclose(f(1), 2)", False),
+        ("def sum(x, y): return x + y", "assert not sum(1, 2) != 3", True),
+        ("def f(x): return x", "assert abs(f(-1)) == 2 - 1", True),
+        ("def f(x): return x + y", "assert f(1) == 1 + 1", False),
+        ("def g(x): return x", "assert f(1) == 1 + 1", False),
+        ("def f(x): return 1 / 0", "assert f(1) == 1 + 1", False),
+        ("import fractions\ndef f(x): return fractions.Fraction(x, 2)", "assert f(1) + f(1) == 2 - 1", True),
+        ("def f(x): return (x, {x: [x, None, True, 1.5, 'a', b'b', 1j, {x}]})", "assert [*f(1)[1]] == [2 - 1]", True),
     ],
-    ids=["literals", "expressions"],
 )
-def test_attacks_earn_nothing(attack: str, tests: FunctionTests) -> None:
-    assert not label(textwrap.dedent(attack), tests, QUICK).is_correct
+def test_tests_that_judge_by_themselves(solution: str, test: str, passes: bool) -> None:
+    found = _label(solution, test)
+    assert found.is_correct is passes, found
+    if not passes:
+        assert found.verdict in (Verdict.WRONG, Verdict.ERROR)
 
 
-def test_a_solution_that_attacks_the_sandbox_does_not_harm_others() -> None:
-    killer = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef f(x): return 0"
-    good = "def f(x): return 2 * x"
-    [[bad, fine, also]] = label_batch([Group((killer, good, good), DOUBLE)], QUICK)
-    assert not bad.is_correct
-    assert fine.is_correct
-    assert also.is_correct
+def test_objects_of_the_tests_themselves_go_where_the_solution_is() -> None:
+    """Such tests cannot be judged apart from the solution."""
+    setup = "class Own:\n    def __init__(self, x): self.x = x"
+    assert _label("def f(own): return own.x", "assert f(Own(3)) == 1 + 2", setup=setup).is_correct
+    assert not _label("def f(own): return own.x", "assert f(Own(3)) == 2 + 2", setup=setup).is_correct
+    held = "own = Own(3)\nfound = f(own)\nassert found == 1 + 2"
+    assert _label("def f(own): return own.x", held, setup=setup).is_correct
+    assert not _label("def f(own): return 0", held, setup=setup).is_correct
+
+
+def test_an_assertion_in_a_test_is_a_wrong_answer() -> None:
+    check = "def check(f):\n    for n in range(3):\n        assert f(n) == 2 * n, f'at {n}'"
+    test = "check(f)\nassert True"
+    assert _label("def f(x): return 2 * x", test, setup=check).is_correct
+    found = _label("def f(x): return x", test, setup=check)
+    assert (found.verdict, found.passed) == (Verdict.WRONG, 0)
+    assert found.evidence == "test 1 of 1: an assertion failed: at 1"
+
+
+def test_the_solution_is_shown_no_tests_that_it_need_not_see() -> None:
+    """Setup with expected results runs with the solution only where a test is evaluated there."""
+    setup = "expected = [2, 4]"
+    peeking = "def f(x): return globals()['expected'][x - 1]"
+    assert not _label(peeking, "assert f(1) == expected[0]", setup=setup).is_correct
+    assert _label("def f(x): return 2 * x", "assert f(1) == expected[0]", setup=setup).is_correct
+
+
+def test_a_programs_cases_end_with_the_first_that_fails() -> None:
+    cases = (("1", "1"), ("2", "3"), ("3", "3"), ("x", "x"))
+    asked = []
+
+    def counting(runs: Sequence[Any], *args: Any, go_on: Callable[[RunReport], bool], **options: Any) -> Any:
+        def asking(report: RunReport) -> bool:
+            asked.append(report.stdout)
+            return go_on(report)
+
+        return run_job(runs, *args, go_on=asking, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wmtp_ds.data.labels.run_job", counting)
+        found = label("print(input())", StdioTests(cases), QUICK)
+    assert found == Label(Verdict.WRONG, 1, 4, "test 2 of 4: wrote '2\\n', not '3'")
+    assert asked == [b"1\n", b"2\n"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "written", "comparison", "same"),
+    [
+        ("1 2\n3", b"1 2 \r\n3\n\n", Comparison(), True),
+        ("1 2\n3", b" 1 2\n3", Comparison(), False),
+        ("1 2\n3", b"1  2\n3", Comparison(), False),
+        ("1 2\n3", b"1  2 3", Comparison("tokens"), True),
+        ("1 2", b"12", Comparison("tokens"), False),
+        ("0.5", b"0.500", Comparison(), False),
+        ("0.5 a", b"0.500001 a", Comparison(tolerance=1e-4), True),
+        ("0.5 a", b"0.501 a", Comparison(tolerance=1e-4), False),
+        ("0.5 a", b"0.5 b", Comparison(tolerance=1e-4), False),
+        ("1e9", b"1000000001.0", Comparison(tolerance=1e-4), True),
+        ("1000000000", b"1000000001", Comparison(tolerance=1e-4), False),
+        ("0.5", b"nan", Comparison(tolerance=1e-4), False),
+        ("0.5\n0.5", b"0.5", Comparison(tolerance=1e-4), False),
+        ("0.5 0.5", b"0.5", Comparison("tokens", 1e-4), False),
+        ("a.b", b"a.c", Comparison("tokens", 1e-4), False),
+        ("\ufffd", b"\xff", Comparison(), False),
+    ],
+)
+def test_outputs_are_compared(wanted: str, written: bytes, comparison: Comparison, same: bool) -> None:
+    assert comparison.same(wanted, written) is same
 
 
 def test_what_a_broken_sandbox_left_untold_runs_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +321,15 @@ def test_large_integers_are_shown_in_part() -> None:
 def test_deep_values_are_shown_in_part() -> None:
     deep: Callable[[int], object] = lambda n: [] if n == 0 else [deep(n - 1)]  # noqa: E731
     assert "..." in show(deep(50))
+
+
+@pytest.mark.parametrize(
+    ("asserts", "where"),
+    [
+        (("assert f(1) == 2",), "solution"),
+        (("assert f(1) == g(2)",), "tests"),
+        (("assert f(1) == 2", "assert f(1) == g(2)"), "both"),
+    ],
+)
+def test_setup_runs_where_it_is_needed(asserts: tuple[str, ...], where: str) -> None:
+    assert plan_checks(FunctionTests(asserts, "x = 1"))[0].step == ("exec", "x = 1", where)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from wmtp_ds.cli.main import main
+from wmtp_ds.data import mbpp
 from wmtp_ds.data.mbpp import import_mbpp, quantile_edges, read_mbpp
 from wmtp_ds.data.rows import parse_row
 from wmtp_ds.errors import UserError
@@ -231,3 +232,67 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["data", "import", "mbpp", "--input", str(tmp_path / "no"), "--output", str(tmp_path / "out")])
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+# --- the folder ---
+
+
+def test_problems_carry_their_tests_once(imported: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = imported
+    problems = [json.loads(line) for line in (output / "problems.jsonl").read_text().splitlines()]
+    assert [found["problem_id"] for found in problems] == ["mbpp-1", "mbpp-2", "mbpp-5", "mbpp-11", "mbpp-12"]
+    rows = _rows(output / "train.jsonl") + _rows(output / "validation.jsonl")
+    for found in problems:
+        of_problem = [row for row in rows if row["problem_id"] == found["problem_id"]]
+        for row in of_problem:
+            assert row["metadata"]["tests"] == found["tests"]["asserts"]
+            assert row["metadata"].get("test_setup", "") == found["tests"]["setup"]
+            assert {key: row[key] for key in ("instruction", "input", "difficulty")} == {
+                key: found[key] for key in ("instruction", "input", "difficulty")
+            }
+        assert of_problem
+        assert found["tests"]["kind"] == "function"
+        assert found["limits"] == {"seconds": 1.0, "memory_mb": 512}
+        assert (found["language"], found["evaluation_only"], found["source"]) == ("python", False, "mbpp")
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert {name: told["rows"] for name, told in manifest["files"].items()} == {
+        "problems.jsonl": 5,
+        "train.jsonl": len(_rows(output / "train.jsonl")),
+        "validation.jsonl": len(_rows(output / "validation.jsonl")),
+    }
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_an_interrupted_import_goes_on_and_ends_the_same(
+    after: int, imported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, summary = imported
+    monkeypatch.setattr(mbpp, "_COMMIT_EVERY", 2)
+    run = 0
+
+    def stop(count: int) -> None:
+        nonlocal run
+        run += count
+        if run > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_mbpp(output.parent / "in", tmp_path / "out", mutants=3, on_done=stop)
+    assert not (tmp_path / "out").exists()
+    counted: list[int] = []
+    again = import_mbpp(output.parent / "in", tmp_path / "out", mutants=3, on_done=counted.append)
+    assert counted[0] >= after - 1
+    assert sum(counted) == 7
+    failed = sorted(again["train"].pop("references_failed"))
+    assert failed == sorted(summary["train"]["references_failed"])
+    assert again == {**summary, "train": {k: v for k, v in summary["train"].items() if k != "references_failed"}}
+    for name in ("train.jsonl", "validation.jsonl", "problems.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_other_options_replace_only_with_force(imported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    source = imported[0].parent / "in"
+    import_mbpp(source, tmp_path / "out", mutants=1)
+    with pytest.raises(UserError, match=r"mutants was 1, not 0\): give another --output, or --force"):
+        import_mbpp(source, tmp_path / "out", mutants=0)
+    assert import_mbpp(source, tmp_path / "out", mutants=0, force=True)["train"]["incorrect"] == 0

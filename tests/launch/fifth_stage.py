@@ -17,6 +17,7 @@ class Focal(Stage):
 
     def loss(self, model, batch, totals, reference_BS):
         """``(1/n) Σ_k (1/M_k) Σ w·CE``, w rising from 1 to ``late_weight``."""
-        done_BS = batch.decisions.cumsum(-1) / batch.decisions.sum(-1, keepdim=True).clamp(min=1)
-        weights_BS = (1 + (self.training.late_weight - 1) * done_BS) * batch.decisions
-        return model.weighted_cross_entropy(model.trunk(batch), batch, weights_BS.float(), totals)
+        decisions_GL = batch.by_sequence(batch.decisions)
+        done_GL = decisions_GL.cumsum(-1) / decisions_GL.sum(-1, keepdim=True).clamp(min=1)
+        weights_GL = (1 + (self.training.late_weight - 1) * done_GL) * decisions_GL
+        return model.weighted_cross_entropy(model.trunk(batch), batch, batch.by_row(weights_GL).float(), totals)

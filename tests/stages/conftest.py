@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from wmtp_ds.config.training import training_class
-from wmtp_ds.data.batches import Batch
+from wmtp_ds.data.batches import Batch, PackedBatch
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.stages.base import Output, StageModel, Totals, make_stage
@@ -81,6 +81,40 @@ def _rows(batch: Batch, rows: Sequence[int], trim: bool = True) -> Batch:
         longest = int((chosen["segment_ids"] > 0).sum(1).max())
         chosen = {name: x[:, :longest] if x.dim() == 2 else x for name, x in chosen.items()}
     return Batch(**chosen)
+
+
+def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> PackedBatch:
+    """Sequences of a batch, token by token, in these rows; padded with a token that is none of theirs."""
+    tokens = (batch.segment_ids > 0).sum(1).tolist()
+    width = max(sum(tokens[s] for s in row) for row in rows) + 2
+    order = [s for row in rows for s in row]
+    longest = max(tokens[s] for s in order)
+    shape = len(rows), width
+    fields = {
+        "input_ids": torch.full(shape, 61),
+        "supervised": torch.zeros(shape, dtype=torch.bool),
+        "segment_ids": torch.zeros(shape, dtype=torch.int32),
+        "members": torch.zeros(shape, dtype=torch.int64),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "places": torch.full((len(order), longest), -1),
+    }
+    for b, row in enumerate(rows):
+        i = 0
+        for segment, s in enumerate(row):
+            for j in range(tokens[s]):
+                fields["input_ids"][b, i] = batch.input_ids[s, j]
+                fields["supervised"][b, i] = batch.supervised[s, j]
+                fields["segment_ids"][b, i] = segment + 1
+                fields["position_ids"][b, i] = j
+                fields["places"][order.index(s), j] = b * width + i
+                i += 1
+            fields["members"][b, i - tokens[s] :] = order.index(s)
+    return PackedBatch(
+        **fields,
+        decisions=torch.nn.functional.pad(fields["supervised"][:, 1:], (0, 1)),
+        rewards=batch.rewards[order],
+        row_ids=batch.row_ids[order],
+    )
 
 
 def _count(model: StageModel, window: Sequence[Batch]) -> Totals:
@@ -195,6 +229,11 @@ def make_batch() -> Callable[..., Batch]:
 @pytest.fixture
 def rows() -> Callable[..., Batch]:
     return _rows
+
+
+@pytest.fixture
+def packed() -> Callable[..., PackedBatch]:
+    return _packed
 
 
 @pytest.fixture

@@ -63,19 +63,17 @@ def test_what_stands_in_the_padding_does_not_matter(stage, make_model, batch, re
 
 
 def test_totals_survive_the_exchange():
-    totals = Totals(
-        torch.tensor([3, 2]), torch.tensor([5, 4]), torch.tensor(7), torch.tensor(2**40 + 1), torch.tensor(1)
-    )
+    totals = Totals(torch.tensor([3, 2]), torch.tensor([5, 4]), *map(torch.tensor, (7, 2**40 + 1, 1, 2**40 + 3)))
     packed = totals.pack()
     assert packed.dtype == torch.float64
     back = Totals.unpack(packed, 2)
-    for name in ("targets_n", "supervised_n", "decisions", "tokens", "sequences"):
+    for name in ("targets_n", "supervised_n", "decisions", "tokens", "sequences", "places"):
         assert torch.equal(getattr(back, name), getattr(totals, name).double())
 
 
 def test_scales_of_heads():
     zero = torch.zeros(())
-    totals = Totals(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 0.0]), zero, zero, zero)
+    totals = Totals(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 0.0]), zero, zero, zero, zero)
     assert head_scales(totals).tolist() == pytest.approx([0.05, 0.0])
     assert head_scales(totals).dtype == torch.float32
 

@@ -56,7 +56,9 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rho1", {"selection_scope": "sequence", "excess": "absolute"}),
     ],
 )
-def test_a_micro_batch_waits_for_nothing(make_model, batch, stage, training):
+@pytest.mark.parametrize("rows", [None, [[0, 2, 1], [3]]], ids=["unpacked", "packed"])
+def test_a_micro_batch_waits_for_nothing(make_model, batch, packed, stage, training, rows):
+    batch = batch if rows is None else packed(batch, rows)
     model = make_model(stage, dtype=torch.float32, **training)
     found = torch.rand(batch.input_ids.shape) if stage == "rho1" else None
     counted = model.stage.counts(batch.host, model.n).pack()  # on the host
@@ -72,10 +74,12 @@ def test_a_micro_batch_waits_for_nothing(make_model, batch, stage, training):
         window.add(output)
 
 
-def test_the_reference_waits_for_nothing(make_model, batch):
+def test_the_reference_waits_for_nothing(make_model, batch, packed):
     policy = make_model("baseline", n=1, dtype=torch.float32).policy
+    both = packed(batch, [[0, 2, 1], [3]])
     with NoWaiting(), torch.no_grad():
         ReferenceModel(policy)(batch)
+        ReferenceModel(policy)(both)
 
 
 def test_the_watch_sees_what_waits():

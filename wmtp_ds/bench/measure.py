@@ -155,14 +155,14 @@ class _Measurement:
         """What a micro-batch adds to a step's :class:`Work`."""
         module: StageModel = self._training.engine.module
         counts = module.stage.counts(batch, module.n)
-        lengths = (batch.segment_ids > 0).sum(1).double()
-        width = batch.input_ids.shape[1]
+        lengths = batch.by_sequence(batch.segment_ids > 0).sum(1).double()
+        rows, width = batch.input_ids.shape
         return torch.stack(
             [
                 lengths.sum(),
                 (lengths * (lengths + 1) / 2).sum(),
                 torch.tensor(float(batch.input_ids.numel())),
-                torch.tensor(float(len(lengths) * width**2)),
+                torch.tensor(float(rows * width**2)),
                 counts.supervised_n.sum(),
                 counts.targets_n.sum(),
                 counts.supervised_n[0],

@@ -68,6 +68,7 @@ def resolve(settings: StepSettings, folder: Path, chosen: Sequence[str], overrid
         "dataset.train": str(folder / "train.jsonl"),
         "dataset.validation": str(folder / "validation.jsonl"),
         "dataset.max_length": settings.sequence_length,
+        "dataset.cache_dir": str(folder / "tokens"),
         "data_sampling.n_samples": ROWS // 2,  # as many are correct
         "training.n_epochs": 1_000_000.0,
         # One between the two passes, and one more than are taken: the last step of a run is followed by other things.

@@ -29,6 +29,8 @@ def how_to_get_data(path: str) -> str:
         return "make it: wmtp-ds data sample"
     if "mbpp" in folder.lower():
         return f"import it: wmtp-ds data import mbpp --input FILE --output {folder}"
+    if "codecontests" in folder.lower():
+        return f"import it: wmtp-ds data import codecontests --input FOLDER --output {folder}"
     return (
         'put the file there: JSONL, each line {"problem_id": "1", "instruction": "...", "output": "...", '
         '"is_correct": true}; such files come from: wmtp-ds data sample, '
@@ -37,10 +39,12 @@ def how_to_get_data(path: str) -> str:
 
 
 def _check_rows(context: Context, key: str, path: str) -> None:
+    from wmtp_ds.data.evaluation_only import HOW_TO_ALLOW, is_evaluation_only, refusal
     from wmtp_ds.data.rows import parse_row, read_lines
 
     mend = "correct the line, or make the file again"
     rows = 0
+    allowed = key != "dataset.train" or context.get("dataset.allow_evaluation_data") is True
     try:
         with open(path, "rb") as file:
             for _, number, line in read_lines(file, path):
@@ -48,9 +52,13 @@ def _check_rows(context: Context, key: str, path: str) -> None:
                     continue
                 rows += 1
                 try:
-                    parse_row(line, Path(path), number)
+                    row = parse_row(line, Path(path), number)
                 except UserError as error:
                     context.report(key, str(error), mend)
+                else:
+                    if not allowed and is_evaluation_only(row):
+                        context.report(key, refusal(row, path, number), HOW_TO_ALLOW)
+                        allowed = True  # said once
                 if rows == _ROWS or not _is_text(line):  # nothing new would be said of a compressed file's lines
                     break
     except UserError as error:

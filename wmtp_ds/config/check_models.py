@@ -8,6 +8,7 @@ from typing import Any
 
 from wmtp_ds.config.check_weights import check_weights, how_to_mend_model, is_micro, read_architecture
 from wmtp_ds.config.context import Check, Context, why_no_file
+from wmtp_ds.config.fields import PACKING_ATTENTION
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 
@@ -47,6 +48,7 @@ def check_policy(context: Context) -> None:
     _check_tokenizer_fits(context, "policy", config)
     _check_fingerprint(context, key)
     _check_length(context, config)
+    _check_attention(context, key, config)
 
 
 def check_reference(context: Context) -> None:
@@ -60,6 +62,7 @@ def check_reference(context: Context) -> None:
     model = read_architecture(context, key, config, heads=1, least_blocks=1)
     if model:
         check_weights(context, key, model)
+    _check_attention(context, key, config)
     mine = _check_tokenizer_fits(context, "reference", config)
     policy = read_tokenizer(context, "policy", silent=True)  # check_policy says what is wrong with it
     if mine and policy:
@@ -127,6 +130,18 @@ def _check_length(context: Context, config: dict[str, Any]) -> None:
     if isinstance(positions, int) and isinstance(length, int) and length > positions:
         message = f"is {length}, but {context.path('models.policy.path')}/config.json says positions up to {positions}"
         context.warn("dataset.max_length", message, f"lower it to {positions}, or expect poor predictions beyond")
+
+
+def _check_attention(context: Context, key: str, config: dict[str, Any]) -> None:
+    """A model reads packed rows with an attention that keeps their solutions apart."""
+    names = [config[name] for name in ("attn_implementation", "_attn_implementation") if config.get(name)]
+    if context.get("data_sampling.pack_sequences") is True and any(name not in PACKING_ATTENTION for name in names):
+        message = (
+            f"is true, but {context.path(key)}/config.json says attn_implementation {names[0]!r}, which would let "
+            "the solutions of a row see each other"
+        )
+        mend = f'set pack_sequences = false, or remove attn_implementation from that file ("{PACKING_ATTENTION[0]}")'
+        context.report("data_sampling.pack_sequences", message, mend)
 
 
 def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tokenizer | None:

@@ -34,6 +34,19 @@ def check_batch(context: Context) -> None:
         context.report("training.batch_size", message, f"lower it to at most {samples}, or raise n_samples")
 
 
+def check_packing(context: Context) -> None:
+    """Packing has something to pack, and keeps losses as they are."""
+    key = "data_sampling.pack_sequences"
+    if context.get(key) is not True:
+        return
+    if context.get("training.batch_size") == 1:
+        message = f"has no effect where training.batch_size is 1 ({context.origin('training.batch_size')})"
+        context.warn(key, message, "raise batch_size: micro-batches of that many solutions share fewer, fuller rows")
+    if context.get("training.selection_scope") == "batch" and context.get("training.weighting") == "topk":
+        message = 'puts other solutions into a micro-batch, in which rho1 selects (training.selection_scope = "batch")'
+        context.warn(key, message, 'set selection_scope = "sequence" for losses that do not depend on packing')
+
+
 def check_bounds(context: Context) -> None:
     """Lower bounds lie below upper ones."""
     for low, high in (
@@ -209,6 +222,7 @@ def check_tracking(context: Context) -> None:
 VALUE_CHECKS: tuple[Check, ...] = (
     check_critic_is_named,
     check_batch,
+    check_packing,
     check_bounds,
     check_bins,
     check_bin_names,

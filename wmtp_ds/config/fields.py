@@ -21,6 +21,9 @@ def _as_path(value: Any) -> Any:
     return Path(value).expanduser() if value.startswith("~/") else Path(value)
 
 
+# Attention implementations (config.json) that keep the solutions of a packed row apart: they take a mask.
+PACKING_ATTENTION = ("sdpa", "eager")
+
 PathText = Annotated[Path, BeforeValidator(_as_path)]
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -81,6 +81,12 @@ class DatasetConfig(Table):
     )
     max_length: int = Field(default=2048, ge=2, description="tokens of a sequence, prompt and solution together")
     template: Literal["alpaca", "plain"] = Field(default="alpaca", description="how a prompt is written")
+    cache_dir: str = Field(
+        default="storage/cache/tokens", description="folder where the data's tokens are kept; '' keeps none"
+    )
+    allow_evaluation_data: bool = Field(
+        default=False, description="whether rows marked as for evaluation only may be trained on"
+    )
 
 
 class CurriculumPhase(Table):
@@ -117,6 +123,9 @@ class DataSamplingConfig(Table):
     )
     curriculum_schedule: tuple[CurriculumPhase, ...] = Field(
         default=(), description="phases of the run, each with its weights of the difficulties"
+    )
+    pack_sequences: bool = Field(
+        default=False, description="several solutions in one row of up to dataset.max_length tokens"
     )
 
 

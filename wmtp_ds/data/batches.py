@@ -1,89 +1,23 @@
 """Rows become tensors: tokenisation, batches, and how a global batch is cut over ranks and micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 
+from wmtp_ds.data.batch import NO_ROW, Batch, PackedBatch
 from wmtp_ds.data.groups import Rows
 from wmtp_ds.data.index import DataIndex
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.sampling import SamplePlan
 from wmtp_ds.data.templates import Template
-from wmtp_ds.errors import UserError
-
-NO_ROW = -1  # the row id of a sequence that only fills up a batch
+from wmtp_ds.data.text_encoder import Pair, TextEncoder, encode_rows
+from wmtp_ds.data.token_cache import TokenCache
 
 _PREFIX_TOKENS = 8  # more than any tokenizer puts in front of a text
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One micro-batch of B sequences of S tokens, padded on the right.
-
-    Attributes:
-        input_ids: int64 [B, S].
-        supervised: bool [B, S], the tokens to learn: the solution and its end token.
-        decisions: bool [B, S], the positions that emit them: ``decisions[:, i] == supervised[:, i + 1]``.
-        rewards: float32 [B], in [0, 1].
-        segment_ids: int32 [B, S], 0 for padding and 1 and up for tokens; positions of one id in a sequence belong
-            together, and nothing reaches from one id into another.
-        row_ids: int64 [B], the rows of the data file, ``NO_ROW`` for a sequence that only fills up.
-    """
-
-    input_ids: torch.Tensor
-    supervised: torch.Tensor
-    decisions: torch.Tensor
-    rewards: torch.Tensor
-    segment_ids: torch.Tensor
-    row_ids: torch.Tensor
-
-    @property
-    def host(self) -> "Batch":
-        """The batch where it was made, on the CPU: what is counted there need not be waited for on a GPU."""
-        return getattr(self, "_host", self)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The batch on another device."""
-        moved = Batch(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
-        object.__setattr__(moved, "_host", self.host)  # no field: a batch is its tensors
-        return moved
-
-
-class TextEncoder:
-    """Text to token ids, without special tokens, from a private copy of a fast tokenizer's core.
-
-    A copy, because settings of the shared one (truncation, padding) are state that another thread may be changing.
-    Text that looks like a special token ("<s>" is HTML, too) is encoded as the text it is.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        """``tokenizer``: a transformers `PreTrainedTokenizerFast` with a BOS and an EOS token.
-
-        Raises:
-            UserError: it lacks one of them.
-        """
-        for name in ("bos_token", "eos_token"):
-            if getattr(tokenizer, f"{name}_id") is None:
-                raise UserError(
-                    f"{tokenizer.name_or_path or 'the tokenizer'}: it has no {name}, which every sequence needs: set "
-                    f"{name} in tokenizer_config.json, or choose another models.policy.tokenizer_path"
-                )
-        self.bos_id: int = tokenizer.bos_token_id
-        self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._core.no_truncation()
-        self._core.no_padding()
-        self._core.encode_special_tokens = True
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text."""
-        return [found.ids for found in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 class Collator:
@@ -118,59 +52,134 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row], row_ids: Sequence[int] | Rows) -> Batch:
         """Collate rows; without any, a batch of one sequence of BOS alone, in which nothing is to be learned."""
-        prompts = self.encoder([self.template(row) for row in rows])
-        solutions = self.encoder([row.output for row in rows])
-        sequences = [self._sequence(*pair) for pair in zip(prompts, solutions, strict=True)]
-        rewards = [float(row.is_correct) for row in rows]
-        if self.rewards is not None:
-            rewards = [float(self.rewards[i]) for i in row_ids]
-        ids = [int(i) for i in row_ids]
-        if not rows:
-            sequences, rewards, ids = [([self.encoder.bos_id], 0)], [0.0], [NO_ROW]
-        return self._pad(sequences, rewards, ids)
+        return self.collate(self.encode(rows), [row.is_correct for row in rows], row_ids)
 
-    def _sequence(self, prompt: list[int], solution: list[int]) -> tuple[list[int], int]:
-        """Token ids of a row, and how many of the last of them are supervised."""
+    def encode(self, rows: Sequence[Row]) -> list[Pair]:
+        """Token ids of each row's prompt and solution."""
+        return encode_rows(self.encoder, self.template, rows)
+
+    def lengths(self, prompts: npt.NDArray[np.int64], solutions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of the sequences that prompts and solutions of so many tokens become, int64 [rows]."""
+        room = self.max_length - solutions - 2
+        lengths: npt.NDArray[np.int64] = np.where(room < 0, 1, np.minimum(prompts, room) + solutions + 2)
+        return lengths
+
+    def collate(
+        self, pairs: Sequence[Pair], labels: Sequence[bool] | npt.NDArray[np.bool_], row_ids: Sequence[int] | Rows
+    ) -> Batch:
+        """As a call, of rows whose token ids are known.
+
+        Args:
+            pairs: token ids of each row's prompt and solution.
+            labels: is_correct of each row.
+            row_ids: their numbers in the data file.
+        """
+        if not len(pairs):
+            return self._lone()
+        sequences = [self._sequence(*pair) for pair in pairs]
+        shape = len(sequences), self._width(max(len(tokens) for tokens, _ in sequences))
+        input_ids = np.full(shape, self.encoder.pad_id, np.int64)
+        supervised, segment_ids = np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+        for b, (tokens, learned) in enumerate(sequences):
+            end = len(tokens)
+            input_ids[b, :end] = tokens
+            supervised[b, end - learned : end] = True
+            segment_ids[b, :end] = 1
+        return Batch(**self._tensors(input_ids, supervised, segment_ids, labels, row_ids))
+
+    def pack(
+        self,
+        pairs: Sequence[Pair],
+        labels: Sequence[bool] | npt.NDArray[np.bool_],
+        row_ids: Sequence[int] | Rows,
+        counts: Sequence[int],
+    ) -> Batch:
+        """Several sequences in a row: ``counts[b]`` in row ``b``, in order. Other arguments as in `collate`."""
+        if not counts:
+            return self._lone()
+        sequences = iter([self._sequence(*pair) for pair in pairs])
+        rows = [list(islice(sequences, count)) for count in counts]
+        shape = len(rows), self._width(max(sum(len(tokens) for tokens, _ in row) for row in rows))
+        input_ids = np.full(shape, self.encoder.pad_id, np.int64)
+        supervised, segment_ids = np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+        members, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        longest = max(len(tokens) for row in rows for tokens, _ in row)
+        places = np.full((sum(map(len, rows)), longest), -1, np.int64)
+        g = 0
+        for b, row in enumerate(rows):
+            start = 0
+            for segment, (tokens, learned) in enumerate(row, start=1):
+                end = start + len(tokens)
+                input_ids[b, start:end] = tokens
+                supervised[b, end - learned : end] = True
+                segment_ids[b, start:end] = segment
+                members[b, start:] = g
+                position_ids[b, start:] = np.arange(shape[1] - start)
+                places[g, : len(tokens)] = b * shape[1] + np.arange(start, end)
+                start, g = end, g + 1
+        tensors = self._tensors(input_ids, supervised, segment_ids, labels, row_ids)
+        own = {"members": members, "position_ids": position_ids, "places": places}
+        return PackedBatch(**tensors, **{name: torch.from_numpy(array) for name, array in own.items()})
+
+    def _sequence(self, prompt: npt.NDArray[np.integer], solution: npt.NDArray[np.integer]) -> tuple[Rows, int]:
+        """Token ids of a row, int64, and how many of the last of them are supervised."""
         room = self.max_length - len(solution) - 2
+        bos, eos = [self.encoder.bos_id], [self.encoder.eos_id]
         if room < 0:
             self.skipped += 1
-            return [self.encoder.bos_id], 0
+            return np.array(bos, np.int64), 0
         if len(prompt) > room:
             self.truncated += 1
             prompt = prompt[len(prompt) - room :]
-        return [self.encoder.bos_id, *prompt, *solution, self.encoder.eos_id], len(solution) + 1
+        return np.concatenate([bos, prompt, solution, eos], dtype=np.int64), len(solution) + 1
 
-    def _pad(self, sequences: list[tuple[list[int], int]], rewards: list[float], row_ids: list[int]) -> Batch:
-        longest = max(len(tokens) for tokens, _ in sequences)
-        shape = len(sequences), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full(shape, self.encoder.pad_id, dtype=torch.int64)
-        supervised = torch.zeros(shape, dtype=torch.bool)
-        segment_ids = torch.zeros(shape, dtype=torch.int32)
-        for b, (tokens, learned) in enumerate(sequences):
-            end = len(tokens)
-            input_ids[b, :end] = torch.tensor(tokens)
-            supervised[b, end - learned : end] = True
-            segment_ids[b, :end] = 1
-        decisions = torch.zeros(shape, dtype=torch.bool)
+    def _width(self, longest: int) -> int:
+        return -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+    def _tensors(
+        self,
+        input_ids: npt.NDArray[np.int64],
+        supervised: npt.NDArray[np.bool_],
+        segment_ids: npt.NDArray[np.int32],
+        labels: Sequence[bool] | npt.NDArray[np.bool_],
+        row_ids: Sequence[int] | Rows,
+    ) -> dict[str, torch.Tensor]:
+        """The fields of a `Batch`."""
+        decisions = np.zeros_like(supervised)
         decisions[:, :-1] = supervised[:, 1:]
-        return Batch(
-            input_ids=input_ids,
-            supervised=supervised,
-            decisions=decisions,
-            rewards=torch.tensor(rewards, dtype=torch.float32),
-            segment_ids=segment_ids,
-            row_ids=torch.tensor(row_ids, dtype=torch.int64),
-        )
+        numbers = np.asarray(row_ids, np.int64)
+        rewards = np.asarray(labels) if self.rewards is None else self.rewards[numbers]
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "supervised": torch.from_numpy(supervised),
+            "decisions": torch.from_numpy(decisions),
+            "rewards": torch.from_numpy(rewards.astype(np.float32)),
+            "segment_ids": torch.from_numpy(segment_ids),
+            "row_ids": torch.from_numpy(numbers.copy()),
+        }
+
+    def _lone(self) -> Batch:
+        """A sequence of BOS alone."""
+        input_ids = np.full((1, self._width(1)), self.encoder.pad_id, np.int64)
+        input_ids[0, 0] = self.encoder.bos_id
+        segment_ids = (np.arange(input_ids.shape[1]) == 0).astype(np.int32)[None]
+        tensors = self._tensors(input_ids, np.zeros_like(input_ids, np.bool_), segment_ids, [False], [0])
+        return Batch(**tensors | {"rewards": torch.zeros(1), "row_ids": torch.tensor([NO_ROW])})
 
 
-def eligible_rows(index: DataIndex, tokenizer: Any, max_length: int) -> tuple[npt.NDArray[np.bool_], int]:
+def eligible_rows(
+    index: DataIndex, tokenizer: Any, max_length: int, cache: TokenCache | None = None
+) -> tuple[npt.NDArray[np.bool_], int]:
     """Which rows' solutions fit into ``max_length`` tokens with BOS and EOS: bool [rows], and how many do not.
 
-    Only solutions long enough to matter are read and tokenised. A byte-level or SentencePiece tokenizer makes at
-    most one token of a byte, and a few more for the space that it may put in front.
+    A cache knows. Without one, only solutions long enough to matter are read and tokenised: a byte-level or
+    SentencePiece tokenizer makes at most one token of a byte, and a few more for the space that it may put in front.
     """
-    encoder = TextEncoder(tokenizer)
     room = max_length - 2
+    if cache is not None:
+        mask = cache.lengths()[1] <= room
+        return mask, int(np.count_nonzero(~mask))
+    encoder = TextEncoder(tokenizer)
     mask = np.ones(len(index), np.bool_)
     doubtful = np.flatnonzero(index.output_bytes > room - _PREFIX_TOKENS)
     for chunk in _chunks(doubtful, 512):  # a bounded number of texts in memory, enough for the tokenizer's threads

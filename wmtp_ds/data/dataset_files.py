@@ -22,14 +22,18 @@ MANIFEST = "manifest.json"
 _DECIDING = (
     "frames",
     "harness",
+    "humaneval",
     "isolation",
+    "label_file",
     "labelled_rows",
     "labels",
     "mbpp",
     "mutate",
     "problem",
+    "processes",
     "sample",
     "sandbox",
+    "seccomp",
 )
 
 
@@ -55,7 +59,7 @@ def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | 
         if manifest["made_from"] != dict(made_from):
             return None
         for name, expected in manifest["files"].items():
-            if _sha256(directory / name) != expected["sha256"]:
+            if sha256_of(directory / name) != expected["sha256"]:
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -104,7 +108,7 @@ def write_dataset(
             with _replacing(directory / name) as handle:
                 for row in rows:
                     handle.write(json.dumps(row).encode() + b"\n")
-            told[name] = {"rows": len(rows), "sha256": _sha256(directory / name)}
+            told[name] = {"rows": len(rows), "sha256": sha256_of(directory / name)}
         manifest = {"made_from": dict(made_from), "files": told, "summary": dict(summary)}
         with _replacing(directory / MANIFEST) as handle:
             handle.write(json.dumps(manifest, indent=2).encode() + b"\n")
@@ -137,6 +141,12 @@ def _umask() -> int:
     return current
 
 
-def _sha256(path: Path) -> str:
+def fingerprint_of(told: Any) -> str:
+    """A hash of plain JSON."""
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,14 @@
 """Reads what the harness in the sandbox wrote, which the checked code may have tried to forge.
 
-Values arrive as JSON of tagged lists (``harness.encode``) and become plain Python values, so that a comparison
+Values arrive as JSON of tagged lists (``harness_values.encode``) and become plain Python values, so that a comparison
 with an expected value out here calls no method of the checked code.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
-MAX_INTEGER_DIGITS = 100_000  # hexadecimal; larger integers are compared with nothing
+from wmtp_ds.data import harness_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,46 +53,13 @@ def _text(hexadecimal: str) -> str:
     return bytes.fromhex(hexadecimal).decode("utf-8", "surrogatepass")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_INTEGER_DIGITS:
-        raise ValueError("the integer is too large")
-    return int(digits, 16)
-
-
-_LEAVES: dict[str, Callable[..., Any]] = {
-    "n": lambda: None,
-    "b": bool,
-    "i": _integer,
-    "f": float.fromhex,
-    "c": lambda real, imaginary: complex(float.fromhex(real), float.fromhex(imaginary)),
-    "s": _text,
-    "y": bytes.fromhex,
-    "q": lambda above, below: Fraction(_integer(above), _integer(below)),
-    "o": lambda name: Opaque(_text(name)[:80]),
-}
-_CONTAINERS: dict[str, Callable[..., Any]] = {"l": list, "t": tuple, "e": set, "z": frozenset}
-
-
-def _build(node: list[Any]) -> Any:
-    tag, *parts = node
-    if tag in _LEAVES:
-        return _LEAVES[tag](*parts)
-    items = [_build(part) for part in parts]
-    if tag == "d":
-        return dict(zip(items[::2], items[1::2], strict=True))
-    return _CONTAINERS[tag](items)
-
-
 def decode(encoded: str) -> Any:
-    """The Python value of an encoded one; ``Opaque`` within it stands for what has no literal.
+    """The Python value of an encoded one; ``Opaque`` within it stands for what is no data.
 
     Raises:
         ValueError: this is no encoded value.
     """
-    try:
-        return _build(json.loads(encoded))
-    except (TypeError, KeyError, ValueError, OverflowError, ZeroDivisionError, RecursionError) as error:
-        raise ValueError(f"not an encoded value: {type(error).__name__}") from None
+    return harness_values.decode(encoded, lambda name, *rest: Opaque(name))
 
 
 def _read_step(fields: list[str]) -> StepReport:
@@ -104,51 +69,61 @@ def _read_step(fields: list[str]) -> StepReport:
         return StepReport(values=(decode(fields[3]), decode(fields[4])))
     if fields[0] == "t":
         return StepReport(values=(bool(int(fields[3])),))
-    if fields[0] == "m":
-        return StepReport(error="MemoryError")
     if fields[0] == "x":
         message = "" if fields[4] == "-" else _text(fields[4])
         return StepReport(error=_text(fields[3])[:80], message=message)
     raise ValueError("no such frame")
 
 
-def _apply(fields: list[str], reports: list[RunReport], nonces: list[str], current: int) -> int:
-    """Enter one frame; the run that is going on after it."""
-    if int(fields[1]) != current:  # one run at a time, in order
-        raise ValueError("a frame of another run")
-    report = reports[current]
-    if fields[0] == "e":
-        report.complete = fields[2] == nonces[current]
-        report.damaged |= not report.complete
-    elif fields[0] == "o":
-        report.truncated = fields[2] == "1"
-        report.stdout, report.stderr = (b"" if part == "-" else bytes.fromhex(part) for part in fields[3:5])
-    elif fields[0] == "w":
-        report.ended, report.code = fields[2], int(fields[3])
-        return current + 1
-    else:
-        step = int(fields[2])
-        if step in report.steps:
-            raise ValueError("a step told twice")
-        report.steps[step] = _read_step(fields)
-    return current
-
-
-def parse_frames(data: bytes, nonces: list[str]) -> list[RunReport]:
-    """The reports of all runs of a job, in order; a run that is not told of stays empty.
+class FrameReader:
+    """Makes reports of frames, as they come.
 
     Args:
-        data: what the harness wrote after its "ready".
         nonces: one a run; a run is complete if its last frame carries its own.
+
+    Attributes:
+        reports: of all runs of the job, in order; a run that is not told of stays empty.
+        ended: how many runs have ended.
+        ready: the fields of the line that comes before any frame; None until it has come.
     """
-    reports = [RunReport() for _ in nonces]
-    current = 0
-    for line in data.split(b"\n")[:-1]:  # what has no line end was cut off
-        if current >= len(reports):
-            reports[-1].damaged = True
-            break
-        try:
-            current = _apply(line.decode("ascii").split(" "), reports, nonces, current)
-        except (ValueError, IndexError):
-            reports[current].damaged = True
-    return reports
+
+    def __init__(self, nonces: Sequence[str]):
+        self.reports = [RunReport() for _ in nonces]
+        self.ended = 0
+        self.ready: list[str] | None = None
+        self._nonces = nonces
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Read on; what has no line end yet waits for it."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if self.ready is None:
+                self.ready = line.decode("ascii", "replace").split(" ")
+                continue
+            if self.ended >= len(self.reports):
+                self.reports[-1].damaged = True
+                continue
+            report = self.reports[self.ended]
+            try:
+                self._apply(line.decode("ascii").split(" "), report)
+            except (ValueError, IndexError):
+                report.damaged = True
+
+    def _apply(self, fields: list[str], report: RunReport) -> None:
+        if int(fields[1]) != self.ended:  # one run at a time, in order
+            raise ValueError("a frame of another run")
+        if fields[0] == "e":
+            report.complete = fields[2] == self._nonces[self.ended]
+            report.damaged |= not report.complete
+        elif fields[0] == "o":
+            report.truncated = fields[2] == "1"
+            report.stdout, report.stderr = (b"" if part == "-" else bytes.fromhex(part) for part in fields[3:5])
+        elif fields[0] == "w":
+            report.ended, report.code = fields[2], int(fields[3])
+            self.ended += 1
+        else:
+            step = int(fields[2])
+            if step in report.steps:
+                raise ValueError("a step told twice")
+            report.steps[step] = _read_step(fields)

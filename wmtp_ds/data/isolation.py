@@ -1,13 +1,14 @@
 """The ways to shut a process in that this machine offers, from the strongest: how each is started.
 
 - ``bubblewrap``: a file system of its own (the interpreter read-only, an empty ``/tmp``), no network, no sight
-  of other processes, a filter on system calls.
-- ``namespaces``: no network and no sight of other processes, but the machine's own files, as far as the uid
-  may read and write them.
-- ``plain``: a process with limits, nothing else.
+  of other processes.
+- ``namespaces``: no network and no sight of other processes; the machine's own file system.
+- ``plain``: a process of this machine like any other.
 
-Started by root, each of them runs the checked code under a uid that nothing else on the machine has, because a
-limit on processes does not bind root, and a uid of its own makes the count exact.
+On top of each come the locks that the process inside lays on itself (``harness_lock``): a filter on system calls,
+and, outside bubblewrap, Landlock, which leaves of the file system what the interpreter needs. Started by root,
+each of them runs the checked code under a uid that nothing else on the machine has, because a limit on processes
+does not bind root, and a uid of its own makes the count exact.
 """
 
 import functools
@@ -19,10 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wmtp_ds.data.seccomp import filter_program
-
 KINDS = ("bubblewrap", "namespaces", "plain")
-FILTER = "FILTER"
 TMPFS_BYTES = 16 << 20
 _NOBODY = 65534
 # The hash seed is fixed, so that a solution that prints a set gets the same verdict every time.
@@ -39,7 +37,6 @@ class Start:
     uid: int | None = None  # what the process runs as, where that is not our own uid
     switch_user: bool = False  # the caller changes to ``uid`` (otherwise the command does)
     directory: Path | None = None  # private, to be removed
-    system_calls: bytes | None = None  # a filter; its file descriptor replaces the word FILTER in the command
 
 
 class UnavailableError(Exception):
@@ -110,14 +107,12 @@ def _bubblewrap(python: list[str], uid: int | None) -> Start:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     command += _bubblewrap_mounts()
     command += ["--perms", "1777", "--size", str(TMPFS_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]  # of a size without limit, and ours where we are not root
     for name, value in _PYTHON_ENVIRONMENT.items():
         command += ["--setenv", name, value]
-    system_calls = filter_program()
-    if system_calls is not None:
-        command += ["--seccomp", FILTER]
     command += ["--", *([] if uid is None else _drop_to(uid)), *python]
     # The environment of bubblewrap itself may be readable inside, whatever it sets there: it is empty.
-    return Start(command, uid=uid, system_calls=system_calls)
+    return Start(command, uid=uid)
 
 
 def start_of(kind: str, interpreter: str, program: str) -> Start:

@@ -9,8 +9,8 @@ those tests can tell which.
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from wmtp_ds.data.labels import FunctionTests, Group, Label, label_groups
@@ -61,6 +61,28 @@ class Report:
             "mutants_failed_but_not_needed": self.mutants_surplus,
             "mutant_verdicts": dict(sorted(self.verdicts.items())),
         }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Report":
+        """The report that ``as_dict`` told of; an empty one of an empty mapping."""
+        if not told:
+            return cls()
+        return cls(
+            problems=told["problems"],
+            references=told["references"],
+            references_failed=list(told["references_failed"]),
+            problems_left_out=told["problems_left_out"],
+            mutants=told["mutants"],
+            mutants_failed=told["mutants_failed"],
+            mutants_survived=told["mutants_survived_and_dropped"],
+            mutants_surplus=told["mutants_failed_but_not_needed"],
+            verdicts=Counter(told["mutant_verdicts"]),
+        )
+
+    def add(self, other: "Report") -> None:
+        """Count another set of problems in."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 def prompt_input(tests: FunctionTests) -> str:

@@ -2,34 +2,26 @@
 
 A function test is an ``assert`` as MBPP writes it. Where it compares with a literal (``assert f(x) == [1, 2]``),
 the sandbox only computes the other side; the comparison happens here. Tests by standard input and output are
-compared here, too, line by line, without regard to white space at line ends and empty lines at the end.
+compared here, too. All function tests of a solution are run; a program's tests end with the first that fails.
 """
 
-import ast
 import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from wmtp_ds.data.frames import RunReport, StepReport
+from wmtp_ds.data.labels_checks import Check, FunctionTests, plan_checks
+from wmtp_ds.data.labels_output import Comparison
+from wmtp_ds.data.labels_text import show, tidy
 from wmtp_ds.data.sandbox import FunctionRun, Limits, ProgramRun, Verdict, run_job, stopped_by
 
 # Imported once a sandbox instead of once a solution; only what is quick to import and has no side effect.
 PRELOADABLE = frozenset(
     ("bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re")
 )
-_EVIDENCE_CHARACTERS = 300
 _MEDDLED = (Verdict.ERROR, "the run meddled with the checker's messages")
-
-
-@dataclass(frozen=True)
-class FunctionTests:
-    """Asserts on a function, run in the solution's namespace after ``setup``."""
-
-    asserts: tuple[str, ...]
-    setup: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class StdioTests:
     """Pairs of standard input and the standard output that a program must answer with."""
 
     cases: tuple[tuple[str, str], ...]
+    comparison: Comparison = field(default_factory=Comparison)
 
 
 Tests = FunctionTests | StdioTests
@@ -46,8 +39,9 @@ Tests = FunctionTests | StdioTests
 class Label:
     """What running a solution showed.
 
-    ``passed`` of ``total`` tests passed; ``evidence`` tells the first that did not ("" where all did). Nothing
-    in it depends on the machine or the time, so the same solution gets the same label again.
+    ``passed`` of ``total`` tests passed (of a program's, those before the first that did not); ``evidence`` tells
+    the first that did not ("" where all did). Nothing in it depends on the machine or the time, so the same
+    solution gets the same label again.
     """
 
     verdict: Verdict
@@ -69,116 +63,12 @@ class Group:
     tests: Tests
 
 
-@dataclass(frozen=True)
-class Check:
-    """One step of a test suite and how its report is judged.
-
-    ``rule``: "runs" (it must not raise), "equals" or "is" (its value against ``expected``), "same" (its two
-    values against each other), "true" (it must be a true value). ``test`` is the test's index, -1 the setup.
-    """
-
-    step: tuple[str, ...]
-    test: int
-    rule: str
-    expected: Any = None
-
-    def accepts(self, values: tuple[Any, ...]) -> bool:
-        """Whether the step's values are as they should be."""
-        if self.rule == "runs":
-            return True
-        if self.rule == "is":
-            return values[0] is self.expected
-        if self.rule == "true":
-            return values[0] is True
-        try:
-            return bool(values[0] == (self.expected if self.rule == "equals" else values[1]))
-        except RecursionError:
-            return False
-
-
-def show(value: Any, depth: int = 0) -> str:
-    """``repr`` that is the same in every process: sets come sorted."""
-    if depth > 20:
-        return "..."
-    if isinstance(value, (set, frozenset)) and value:
-        return "{" + ", ".join(sorted(show(item, depth + 1) for item in value)) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(show(item, depth + 1) for item in value) + "]"
-    if isinstance(value, tuple):
-        items = [show(item, depth + 1) for item in value]
-        return f"({items[0]},)" if len(items) == 1 else "(" + ", ".join(items) + ")"
-    if isinstance(value, dict):
-        pairs = (f"{show(key, depth + 1)}: {show(item, depth + 1)}" for key, item in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, int) and value.bit_length() > 4096:  # repr() refuses these
-        return hex(value)[:40] + "..."
-    return repr(value)
-
-
-def _literal(node: ast.expr) -> tuple[bool, Any]:
-    try:
-        return True, ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return False, None
-
-
-def _check_of_assert(condition: ast.expr, test: int) -> Check:
-    """The step that evaluates an assert's condition, and the judgement of what comes back."""
-    if isinstance(condition, ast.Compare) and len(condition.ops) == 1:
-        left, right, operator = condition.left, condition.comparators[0], condition.ops[0]
-        if isinstance(operator, ast.Eq):
-            for side, computed in ((right, left), (left, right)):
-                is_literal, expected = _literal(side)
-                if is_literal:
-                    return Check(("value", ast.unparse(computed)), test, "equals", expected)
-            return Check(("pair", ast.unparse(left), ast.unparse(right)), test, "same")
-        if isinstance(operator, ast.Is) and isinstance(right, ast.Constant) and right.value in (None, True, False):
-            return Check(("value", ast.unparse(left)), test, "is", right.value)
-    # Any truthy value will do, as in an assert.
-    return Check(("truth", f"True if ({ast.unparse(condition)}) else False"), test, "true")
-
-
-def plan_checks(tests: FunctionTests) -> list[Check]:
-    """The steps that a test suite consists of.
-
-    Raises:
-        ValueError: a test or the setup is not Python, a test asserts nothing, or there are none.
-    """
-    checks = []
-    if tests.setup.strip():
-        checks.append(Check(("exec", ast.unparse(_parse(tests.setup, "the setup code"))), -1, "runs"))
-    for number, text in enumerate(tests.asserts):
-        name = f"test {number + 1}"
-        body = _parse(text.strip(), name).body
-        if not any(isinstance(statement, ast.Assert) for statement in body):
-            raise ValueError(f"{name} asserts nothing")
-        for statement in body:
-            if isinstance(statement, ast.Assert):
-                checks.append(_check_of_assert(statement.test, number))
-            else:
-                checks.append(Check(("exec", ast.unparse(statement)), number, "runs"))
-    if not tests.asserts:
-        raise ValueError("there are no tests")
-    return checks
-
-
-def _parse(text: str, name: str) -> ast.Module:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{name} is not Python: {error}") from None
-
-
-def _tidy(text: str) -> str:
-    """Evidence without what changes from run to run (addresses) and without line ends, shortened."""
-    text = " ".join(re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", text).split())
-    return text if len(text) <= _EVIDENCE_CHARACTERS else text[: _EVIDENCE_CHARACTERS - 3] + "..."
-
-
 def _judge_step(check: Check, report: StepReport) -> tuple[Verdict, str]:
     """The verdict on a step that was reached, and why."""
     if report.error == "MemoryError":
         return Verdict.MEMORY, "out of memory"
+    if report.error == "AssertionError" and check.test >= 0:
+        return Verdict.WRONG, f"an assertion failed: {report.message}" if report.message else "an assertion failed"
     if report.error:
         return Verdict.ERROR, f"{report.error}: {report.message}" if report.message else report.error
     if len(report.values) != (2 if check.rule == "same" else 1):
@@ -212,7 +102,7 @@ def _label_function(checks: list[Check], report: RunReport) -> Label:
     total = checks[-1].test + 1
     if -1 in report.steps:
         verdict, evidence = _judge_step(Check((), -1, "runs"), report.steps[-1])
-        return Label(verdict, 0, total, _tidy(f"loading the solution: {evidence}"))
+        return Label(verdict, 0, total, tidy(f"loading the solution: {evidence}"))
     failures: dict[int, tuple[Verdict, str]] = {}  # by test, in order
     for number, check in enumerate(checks):
         told = report.steps.get(number)
@@ -225,45 +115,41 @@ def _label_function(checks: list[Check], report: RunReport) -> Label:
         return Label(Verdict.PASSED, total, total)
     test, (verdict, evidence) = next(iter(failures.items()))
     where = "setup" if test < 0 else f"test {test + 1} of {total}"
-    return Label(verdict, 0 if -1 in failures else total - len(failures), total, _tidy(f"{where}: {evidence}"))
+    return Label(verdict, 0 if -1 in failures else total - len(failures), total, tidy(f"{where}: {evidence}"))
 
 
-def _same_output(expected: str, written: bytes) -> bool:
-    """Whether two outputs are equal but for white space at line ends and empty lines at the end."""
-
-    def lines(text: str) -> list[str]:
-        return [line.rstrip() for line in text.rstrip().splitlines()]
-
-    return lines(written.decode("utf-8", "replace")) == lines(expected)
-
-
-def _judge_program(expected: str, report: RunReport) -> tuple[Verdict, str]:
+def _judge_program(expected: str, report: RunReport, comparison: Comparison) -> tuple[Verdict, str]:
     raised = report.steps.get(0)
     if raised is not None and raised.error:
-        return _judge_step(Check((), 0, "runs"), raised)
+        return _judge_step(Check((), -1, "runs"), raised)
     if report.damaged or stopped_by(report) is not None:
         return _judge_end(report)
     if report.code != 0:
         return Verdict.ERROR, f"exit code {report.code}"
     if report.truncated:
         return Verdict.ERROR, "wrote more than the output limit"
-    if _same_output(expected, report.stdout):
+    if comparison.same(expected, report.stdout):
         return Verdict.PASSED, ""
     return Verdict.WRONG, f"wrote {report.stdout[:100].decode('utf-8', 'replace')!r}, not {expected[:100]!r}"
 
 
-def _label_program(cases: tuple[tuple[str, str], ...], reports: list[RunReport]) -> Label:
-    first: tuple[Verdict, str] | None = None
-    passed = 0
-    for number, ((_, expected), report) in enumerate(zip(cases, reports, strict=True)):
-        verdict, evidence = _judge_program(expected, report)
-        if verdict is Verdict.PASSED:
-            passed += 1
-        else:
-            first = first or (verdict, f"test {number + 1} of {len(cases)}: {evidence}")
-    if first is None:
-        return Label(Verdict.PASSED, passed, len(cases))
-    return Label(first[0], passed, len(cases), _tidy(first[1]))
+def _label_program(source: str, tests: StdioTests, limits: Limits | None) -> Label:
+    """Run a program on one input after the other, in one sandbox, until it fails."""
+    judged: list[tuple[Verdict, str]] = []
+
+    def passes(report: RunReport) -> bool:
+        judged.append(_judge_program(tests.cases[len(judged)][1], report, tests.comparison))
+        return judged[-1][0] is Verdict.PASSED
+
+    runs = [ProgramRun(source, stdin.encode("utf-8", "surrogatepass")) for stdin, _ in tests.cases]
+    reports = run_job(runs, limits, go_on=passes)
+    total = len(reports)
+    if len(judged) < total and all(verdict is Verdict.PASSED for verdict, _ in judged):
+        passes(reports[len(judged)])  # the last, after which nobody asks, or one that the sandbox did not survive
+    verdict, evidence = judged[-1]
+    if verdict is Verdict.PASSED:
+        return Label(verdict, total, total)
+    return Label(verdict, len(judged) - 1, total, tidy(f"test {len(judged)} of {total}: {evidence}"))
 
 
 def _preload(sources: Sequence[str]) -> list[str]:
@@ -274,10 +160,7 @@ def _preload(sources: Sequence[str]) -> list[str]:
 def _label_programs(solutions: Sequence[str], tests: StdioTests, limits: Limits | None) -> list[Label]:
     if not tests.cases:
         raise ValueError("there are no tests")
-    return [
-        _label_program(tests.cases, run_job([ProgramRun(source, case[0].encode()) for case in tests.cases], limits))
-        for source in solutions
-    ]
+    return [_label_program(source, tests, limits) for source in solutions]
 
 
 def label_batch(groups: Sequence[Group], limits: Limits | None = None) -> list[list[Label]]:

@@ -5,7 +5,6 @@ rows. MBPP has no difficulty: problems get 1 to 11 by the quantile of their refe
 characters as it is written out; the boundaries are those of the training problems.
 """
 
-import hashlib
 import json
 import statistics
 from bisect import bisect_left
@@ -15,8 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from wmtp_ds.data.dataset_files import code_version, finished, prepare_folder, write_dataset
-from wmtp_ds.data.labelled_rows import Report, Source, counts, labelled_rows, prompt_input
+from wmtp_ds.data.dataset_files import code_version, fingerprint_of
+from wmtp_ds.data.import_folder import ImportFolder, finished_import
+from wmtp_ds.data.labelled_rows import Report, Source, labelled_rows, prompt_input
 from wmtp_ds.data.labels import FunctionTests, plan_checks
 from wmtp_ds.data.mutate import normalise
 from wmtp_ds.data.rows import read_lines
@@ -25,6 +25,7 @@ from wmtp_ds.errors import UserError
 
 DIFFICULTIES = 11
 LIMITS = Limits(cpu_seconds=1.0)
+_COMMIT_EVERY = 64  # problems
 _EXAMPLE = '{"task_id": 1, "text": "...", "code": "...", "test_list": ["assert ..."]}'
 
 
@@ -178,10 +179,11 @@ def import_mbpp(
     validation_fraction: float | None = None,
     mutants: int = 4,
     seed: int = 0,
+    force: bool = False,
     on_start: Callable[[int], None] = lambda total: None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Import MBPP into ``output``: train.jsonl and validation.jsonl, or leave them if they are there already.
+    """Import MBPP into ``output``: train.jsonl, validation.jsonl and problems.jsonl, or leave them if they are there.
 
     Args:
         source: MBPP's JSONL, or a folder with train.jsonl and validation.jsonl.
@@ -190,6 +192,7 @@ def import_mbpp(
         validation_fraction: the share of problems held out where there is no validation file; default 0.1.
         mutants: incorrect solutions wanted of each problem.
         seed: decides mutants and split.
+        force: replace what another import left in ``output``.
         on_start: called with the number of problems before they run.
         on_done: called with how many problems have run since the last call.
 
@@ -208,31 +211,51 @@ def import_mbpp(
         "seed": seed,
         "code": code_version(),
     }
-    manifest = finished(output, made_from)
-    if manifest is not None:
-        return {**manifest["summary"], "reused": True}
-    was_there = output.exists()
-    prepare_folder(output)
+    reused = finished_import(output, made_from, force=force)
+    if reused is not None:
+        return reused
     edges = quantile_edges([_length(task) for task in train])
-    on_start(len(train) + len(held))
-    summary: dict[str, Any] = {"difficulty_edges": edges, "training_problems_shared_with_validation": shared}
-    files: dict[str, list[dict[str, Any]]] = {}
-    for name, tasks in (("train", train), ("validation", held)):
-        rows, report = labelled_rows(
-            [_source(task, edges) for task in tasks],
-            mutants_per_problem=mutants,
-            seed=seed,
-            limits=LIMITS,
-            on_done=on_done,
-        )
-        files[f"{name}.jsonl"] = [row for of_problem in rows for row in of_problem]
-        if not files[f"{name}.jsonl"]:
-            if not was_there:
-                output.rmdir()
-            raise UserError(_nothing_passed(name, len(tasks), report))
-        summary[name] = {**counts(files[f"{name}.jsonl"]), **_told(report)}
-    write_dataset(output, files, made_from, summary)
-    return {**summary, "reused": False}
+    with ImportFolder(output, made_from) as folder:
+        on_start(len(train) + len(held))
+        state = folder.state or {"done": {}, "reports": {}}
+        on_done(sum(state["done"].values()))
+        for split, tasks in (("train", train), ("validation", held)):
+            report = Report.from_dict(state["reports"].get(split, {}))
+            for start in range(state["done"].get(split, 0), len(tasks), _COMMIT_EVERY):
+                part = [_source(task, edges) for task in tasks[start : start + _COMMIT_EVERY]]
+                rows, of_part = labelled_rows(
+                    part, mutants_per_problem=mutants, seed=seed, limits=LIMITS, on_done=on_done
+                )
+                for problem, of_problem in zip(part, rows, strict=True):
+                    _write(folder, split, problem, of_problem)
+                report.add(of_part)
+                state["done"][split] = start + len(part)
+                state["reports"][split] = report.as_dict()
+                folder.commit(state)
+            if split not in folder.splits:
+                raise UserError(_nothing_passed(split, len(tasks), report))
+            folder.splits[split] |= _told(report)
+        return folder.publish({"difficulty_edges": edges, "training_problems_shared_with_validation": shared})
+
+
+def _write(folder: ImportFolder, split: str, source: Source, rows: list[dict[str, Any]]) -> None:
+    """A problem whose reference passes, and its rows; of another one there are none."""
+    if not rows:
+        return
+    problem = {
+        "problem_id": source.problem_id,
+        "instruction": source.instruction,
+        "input": source.input,
+        "difficulty": source.difficulty,
+        "tests": {"kind": "function", "asserts": list(source.tests.asserts), "setup": source.tests.setup},
+        "limits": {"seconds": LIMITS.cpu_seconds, "memory_mb": LIMITS.memory_bytes >> 20},
+        "language": "python",
+        "evaluation_only": False,
+        "source": "mbpp",
+    }
+    folder.add_problem(split, problem)
+    for row in rows:
+        folder.add_row(split, row)
 
 
 def _nothing_passed(name: str, problems: int, report: Report) -> str:
@@ -255,4 +278,4 @@ def _fingerprint(train: list[Task], held: list[Task]) -> str:
         [(task.task_id, task.text, task.code, task.tests.asserts, task.tests.setup) for task in tasks]
         for tasks in (train, held)
     ]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    return fingerprint_of(listed)

@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp_ds.data.isolation import FILTER, Start
+from wmtp_ds.data.isolation import Start
 
 _CHUNK = 1 << 16
 _POLL_SECONDS = 0.5
+_LEAVE_SECONDS = 0.02  # for a process whose pipes are closed to leave by itself, which spares a look at all others
 
 
 @dataclass(frozen=True)
@@ -25,96 +27,132 @@ class Told:
     outlived: bool
 
 
-def run_process(start: Start, payload: bytes, seconds: float, most: int) -> Told:
+def run_process(
+    start: Start,
+    payload: bytes,
+    follow: Callable[[bytes], bytes | None],
+    *,
+    start_seconds: float,
+    seconds: float,
+    most: int,
+) -> Told:
     """Start a process, feed it, read its outputs, and end it with all that it has started.
 
     Args:
         start: how to start it.
-        payload: its standard input.
-        seconds: its time on the wall clock.
+        payload: the beginning of its standard input.
+        follow: called with each piece of its standard output; gives what to send it next, None to end it.
+        start_seconds: its time on the wall clock until it writes something.
+        seconds: its time from then on.
         most: of bytes on one output; a process that writes more is ended.
 
     Raises:
         OSError: it could not be started.
     """
-    deadline = time.monotonic() + seconds
+    clock = _Clock(time.monotonic() + start_seconds, seconds)
     try:
         process = _spawn(start)
         try:
-            read = _exchange(process, payload, deadline, most)
+            read = _exchange(process, payload, clock, most, follow)
         finally:
             _kill(process, start)
     finally:
         if start.directory is not None:
             _remove(start.directory)
-    return Told(read["out"], read["err"], outlived=time.monotonic() >= deadline)
+    return Told(read["out"], read["err"], outlived=time.monotonic() >= clock.deadline)
+
+
+@dataclass
+class _Clock:
+    """When a process's time is over, and how much it has from its first word on."""
+
+    deadline: float
+    seconds: float
 
 
 def _spawn(start: Start) -> subprocess.Popen[bytes]:
-    command, kept = start.command, -1
-    if start.system_calls is not None:
-        kept, writer = os.pipe()
-        os.write(writer, start.system_calls)
-        os.close(writer)
-        command = [str(kept) if word == FILTER else word for word in command]
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=start.environment,
-            cwd=start.directory or "/",
-            pass_fds=() if kept < 0 else (kept,),
-            start_new_session=True,
-            user=start.uid if start.switch_user else None,
-            group=start.uid if start.switch_user else None,
-            extra_groups=[] if start.switch_user else None,
-        )
-    finally:
-        if kept >= 0:
-            os.close(kept)
+    return subprocess.Popen(
+        start.command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=start.environment,
+        cwd=start.directory or "/",
+        start_new_session=True,
+        user=start.uid if start.switch_user else None,
+        group=start.uid if start.switch_user else None,
+        extra_groups=[] if start.switch_user else None,
+    )
 
 
-def _exchange(process: subprocess.Popen[bytes], payload: bytes, deadline: float, most: int) -> dict[str, bytes]:
+def _exchange(
+    process: subprocess.Popen[bytes],
+    payload: bytes,
+    clock: _Clock,
+    most: int,
+    follow: Callable[[bytes], bytes | None],
+) -> dict[str, bytes]:
     """Feed standard input and read both outputs until their end, the deadline, or ``most`` bytes of one."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
+    stdin = process.stdin.fileno()
     read = {"out": bytearray(), "err": bytearray()}
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdin, selectors.EVENT_WRITE, "in")
+        selector.register(stdin, selectors.EVENT_WRITE, "in")
         selector.register(process.stdout, selectors.EVENT_READ, "out")
         selector.register(process.stderr, selectors.EVENT_READ, "err")
-        os.set_blocking(process.stdin.fileno(), False)
+        os.set_blocking(stdin, False)
         left = memoryview(payload)
-        while selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
+        going = True
+        while going and selector.get_map() and (remaining := clock.deadline - time.monotonic()) > 0:
             ready = selector.select(min(remaining, _POLL_SECONDS))
             if not ready and _has_exited(process):
                 break  # what still holds the pipes is a process that the run left behind
             for key, _ in ready:
                 if key.data == "in":
-                    try:
-                        left = left[os.write(key.fd, left[:_CHUNK]) :]
-                    except BlockingIOError:
-                        continue
-                    except BrokenPipeError:
-                        left = left[:0]
+                    left = left[_write(stdin, left) :]
                     if not left:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(stdin)
                     continue
                 chunk = os.read(key.fd, _CHUNK)
                 read[key.data] += chunk
                 if not chunk:
                     selector.unregister(key.fileobj)
-                elif len(read[key.data]) > most:
-                    return {name: bytes(data) for name, data in read.items()}
+                    continue
+                if key.data == "out" and len(read["out"]) == len(chunk):
+                    clock.deadline = time.monotonic() + clock.seconds
+                more = follow(chunk) if key.data == "out" else b""
+                if more:
+                    if not left:
+                        selector.register(stdin, selectors.EVENT_WRITE, "in")
+                    left = memoryview(bytes(left) + more)
+                going = going and more is not None and len(read[key.data]) <= most
     return {name: bytes(data) for name, data in read.items()}
+
+
+def _write(handle: int, data: memoryview) -> int:
+    """How much of the data is done with: written, or of no use to a process that does not read any more."""
+    try:
+        return os.write(handle, data[:_CHUNK])
+    except BlockingIOError:
+        return 0
+    except BrokenPipeError:
+        return len(data)
 
 
 def _has_exited(process: subprocess.Popen[bytes]) -> bool:
     """Whether the process has ended; unlike ``poll()`` this leaves its id, and so its group's, to it."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _exits_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not _has_exited(process):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _kill(process: subprocess.Popen[bytes], start: Start) -> None:
@@ -123,15 +161,13 @@ def _kill(process: subprocess.Popen[bytes], start: Start) -> None:
         assert stream is not None
         with contextlib.suppress(BrokenPipeError):
             stream.close()
-    if not _has_exited(process):
+    if not _exits_within(process, _LEAVE_SECONDS):
         # The others first: the leader (bubblewrap, unshare) then reaps its child, and leaves by itself.
         for entry in Path("/proc").glob("[0-9]*"):
             if entry.name != str(process.pid) and _state_and_group(entry)[1] == process.pid:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(int(entry.name), signal.SIGKILL)
-        deadline = time.monotonic() + _POLL_SECONDS
-        while not _has_exited(process) and time.monotonic() < deadline:
-            time.sleep(0.002)
+        _exits_within(process, _POLL_SECONDS)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

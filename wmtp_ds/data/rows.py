@@ -70,7 +70,7 @@ def parse_row(line: bytes, path: str | Path, line_number: int) -> Row:
         UserError: the line is not a row; the message names file, line and key, and how to mend it.
     """
     where = f"{path}:{line_number}"
-    found = _decode(line, where)
+    found = decode_object(line, where)
     for key in _REQUIRED:
         if found.get(key) is None:
             raise UserError(f'{where}: "{key}" is missing: every line needs {", ".join(_REQUIRED)}')
@@ -116,8 +116,16 @@ def read_lines(handle: BinaryIO, path: str | Path) -> Iterator[tuple[int, int, b
         offset += len(line)
 
 
-def _decode(line: bytes, where: str) -> dict[str, Any]:
-    """The line's JSON object, or a UserError that says why it is none."""
+def decode_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object on a line of a file.
+
+    Args:
+        line: the line's bytes.
+        where: file and line, for messages.
+
+    Raises:
+        UserError: it is none; the message says why.
+    """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
+from wmtp_ds.config.fields import PACKING_ATTENTION
+from wmtp_ds.data.batch import Packing
+
 
 class Unembedding(nn.Linear):
     """The linear layer onto the vocabulary, which can hand its weight to a loss that never holds all logits.
@@ -57,32 +60,46 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         """The number of heads, n."""
         return len(self.mtp_heads) + 1
 
-    def trunk(self, input_ids_BS: Tensor) -> Tensor:
+    def trunk(self, input_ids_BS: Tensor, packing: Packing | None = None) -> Tensor:
         """Token ids ``[B, S]`` -> the trunk's output ``h``, ``[B, S, D]``, not normalised.
 
-        Attention is causal and nothing else: padding belongs on the right, where no token can see it.
+        Attention is causal and nothing else: padding belongs on the right, where no token can see it. In packed rows it
+        is causal within each segment, and positions count from the segment's first token.
+
+        Raises:
+            ValueError: rows are packed, and the config's attention implementation takes no mask.
         """
         hidden_BSD = self.model.embed_tokens(input_ids_BS)
-        inputs = self._attention_inputs(hidden_BSD)
+        inputs = self._attention_inputs(hidden_BSD, packing)
         for block in self.model.layers[:-1]:
             hidden_BSD = block(hidden_BSD, **inputs)
         return hidden_BSD
 
-    def head_states(self, trunk_BSD: Tensor) -> Tensor:
+    def head_states(self, trunk_BSD: Tensor, packing: Packing | None = None) -> Tensor:
         """Trunk output ``[B, S, D]`` -> what the unembedding reads, ``[n, B, S, D]``: each head, then the norm."""
-        inputs = self._attention_inputs(trunk_BSD)
+        inputs = self._attention_inputs(trunk_BSD, packing)
         return torch.stack(
             [self.model.norm(block(trunk_BSD, **inputs)) for block in (self.model.layers[-1], *self.mtp_heads)]
         )
 
-    def _attention_inputs(self, hidden_BSD: Tensor) -> dict[str, Any]:
-        positions_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
-        # Not told the positions: it would look for packed sequences in them, and a GPU would be waited for.
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_BSD, attention_mask=None, past_key_values=None
-        )
+    def _attention_inputs(self, hidden_BSD: Tensor, packing: Packing | None) -> dict[str, Any]:
+        """What every block is given; made once for all of them."""
+        if packing is None:
+            positions = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
+            # Not told the positions: it would look for packed sequences in them, and a GPU would be waited for.
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=hidden_BSD, attention_mask=None, past_key_values=None
+            )
+        else:
+            if self.config._attn_implementation not in PACKING_ATTENTION:
+                raise ValueError(
+                    f"packed rows need an attention implementation that takes a mask ({', '.join(PACKING_ATTENTION)}), "
+                    f"not {self.config._attn_implementation!r}"
+                )
+            # In the blocks' own dtype: of a mask of bools, each block would make one of these for itself.
+            positions, mask = packing.position_ids, packing.mask(hidden_BSD.dtype)
         return {
             "attention_mask": mask,
-            "position_embeddings": self.model.rotary_emb(hidden_BSD, position_ids=positions_1S),
-            "position_ids": positions_1S,
+            "position_embeddings": self.model.rotary_emb(hidden_BSD, position_ids=positions),
+            "position_ids": positions,
         }

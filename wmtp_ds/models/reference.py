@@ -27,7 +27,7 @@ class ReferenceModel(nn.Module):
         targets_BS = torch.where(batch.supervised[:, 1:] & follows_BS, batch.input_ids[:, 1:], IGNORE_INDEX)
         targets_BS = nn.functional.pad(targets_BS, (0, 1), value=IGNORE_INDEX)  # the last position predicts nothing
         count = int(batch.host.supervised.sum())
-        hidden_BSD = self.policy.head_states(self.policy.trunk(batch.input_ids))[0]
+        hidden_BSD = self.policy.head_states(self.policy.trunk(batch.input_ids, batch.packing), batch.packing)[0]
         losses: Tensor = self.policy.lm_head(
             hidden_BSD.flatten(0, 1),
             loss=partial(reference_cross_entropy, targets_N=targets_BS.flatten(), count=count),

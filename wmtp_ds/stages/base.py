@@ -27,9 +27,11 @@ from wmtp_kernels import (
     IGNORE_INDEX,
     TDWeights,
     WeightedLoss,
+    decision_weights,
     reference_cross_entropy,
     td_weighted_linear_cross_entropy,
 )
+from wmtp_kernels.statistics import Statistics, decision_statistics
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Totals:
     decisions: Tensor  # scalar
     tokens: Tensor  # scalar: tokens that are not padding
     sequences: Tensor  # scalar: sequences with decisions
+    places: Tensor  # scalar: tokens, padding included
     standardisation: Standardisation = field(default_factory=Standardisation)
 
     def pack(self) -> Tensor:
-        """All counts as one float64 vector ``[2n + 3]``."""
-        scalars = [self.decisions, self.tokens, self.sequences]
+        """All counts as one float64 vector ``[2n + 4]``."""
+        scalars = [self.decisions, self.tokens, self.sequences, self.places]
         parts = [self.targets_n, self.supervised_n, torch.stack(scalars)]
         return torch.cat([part.double() for part in parts])
 
@@ -94,9 +97,13 @@ class Stage:
         """Constants of the weights over the global batch, from the values of this rank's window (collective)."""
         raise NotImplementedError
 
-    def learned_targets(self, supervised_nBS: Tensor) -> Tensor:
-        """``M_k`` of a micro-batch: how many targets each head learns from, int64 ``[n]``."""
-        return supervised_nBS.sum((1, 2))
+    def learned_targets(self, supervised_nG: Tensor) -> Tensor:
+        """``M_k`` of a micro-batch: how many targets each head learns from, int64 ``[n]``.
+
+        Args:
+            supervised_nG: int64 ``[n, G]``, the supervised targets of each head in each sequence.
+        """
+        return supervised_nG.sum(1)
 
     def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
         """This micro-batch's share of the loss; runs inside the engine's forward."""
@@ -104,13 +111,14 @@ class Stage:
 
     def counts(self, batch: Batch, n: int) -> Totals:
         """This micro-batch's counts; their sums over the global batch are what :meth:`loss` is given."""
-        supervised_nBS = batch_targets(batch, n) != IGNORE_INDEX
+        supervised_nG = target_counts(batch, n)
         return Totals(
-            self.learned_targets(supervised_nBS),
-            supervised_nBS.sum((1, 2)),
+            self.learned_targets(supervised_nG),
+            supervised_nG.sum(1),
             batch.decisions.sum(),
             (batch.segment_ids > 0).sum(),
-            batch.decisions.any(-1).sum(),
+            batch.by_sequence(batch.decisions).any(-1).sum(),
+            torch.tensor(batch.input_ids.numel(), device=batch.input_ids.device),
         )
 
 
@@ -156,7 +164,12 @@ class StageModel(nn.Module):
     def trunk(self, batch: Batch) -> Tensor:
         """The trunk's output ``[B, S, D]``; without gradient where the stage does not train the policy."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage.trains_policy):
-            return self.policy.trunk(batch.input_ids)
+            return self.policy.trunk(batch.input_ids, batch.packing)
+
+    def head_states(self, trunk_BSD: Tensor, batch: Batch) -> Tensor:
+        """What the unembedding reads, ``[n, B, S, D]``."""
+        states: Tensor = self.policy.head_states(trunk_BSD, batch.packing)
+        return states
 
     def values(self, trunk_BSD: Tensor) -> Tensor:
         """``V`` after the activation, ``[B, S, 1]`` float32."""
@@ -171,9 +184,9 @@ class StageModel(nn.Module):
         if self.stage.trains_policy:
             # Validation loss is the policy's on correct solutions, whatever it trains on.
             targets_nBS = batch_targets(batch, self.n)
-            targets_nBS = targets_nBS.masked_fill(batch.rewards[None, :, None] < 0.5, IGNORE_INDEX)
-            count = int(target_counts(batch, self.n).sum())
-            ce_nBS = self._unembed(self.policy.head_states(trunk_BSD), targets_nBS, count)
+            targets_nBS = targets_nBS.masked_fill(batch.by_row(batch.rewards[:, None])[None] < 0.5, IGNORE_INDEX)
+            count = int(target_counts(batch.host, self.n).sum())
+            ce_nBS = self._unembed(self.head_states(trunk_BSD, batch), targets_nBS, count)
             sums["ce_n"] = ce_nBS.double().sum(-1)
             sums["targets_n"] = (targets_nBS != IGNORE_INDEX).sum((1, 2)).double()
         if self.value_head is not None:
@@ -198,25 +211,28 @@ class StageModel(nn.Module):
         Args:
             trunk_BSD: the trunk's output.
             batch: the micro-batch.
-            weights: the weight of each decision, ``[B, S]``, 0 elsewhere; or the values and rewards that TD weights
-                are made of. No gradient flows to either.
+            weights: the weight of each decision, ``[B, S]``, 0 elsewhere; or what TD weights are made of, sequence by
+                sequence (`Batch.by_sequence`). No gradient flows to either.
             totals: counts over the global batch.
 
         Returns:
             The loss, each head's loss, and the statistics of the weights (and of the TD errors).
         """
         scales_n = head_scales(totals)
+        found: Statistics | None = None
+        if batch.packing is not None:
+            weights, found = _weights_of_packed(batch, weights)
         result: WeightedLoss = self.policy.lm_head(
-            self.policy.head_states(trunk_BSD),
+            self.head_states(trunk_BSD, batch),
             loss=partial(
                 td_weighted_linear_cross_entropy,
                 targets_nBS=batch_targets(batch, self.n),
                 weights=weights,
                 scales_n=scales_n,
-                counts_nB=target_counts(batch, self.n),
+                counts_nB=(batch_targets(batch.host, self.n) != IGNORE_INDEX).sum(-1),
             ),
         )
-        found = result.statistics
+        found = found or result.statistics
         shares = head_shares(scales_n, result.losses_n)
         shares["weight/entropy"] = found.entropy[0] / totals.sequences.clamp(min=1)
         quantities = {"weight": found.weights} if found.td is None else {"weight": found.weights, "td": found.td}
@@ -229,8 +245,18 @@ def batch_targets(batch: Batch, n: int) -> Tensor:
 
 
 def target_counts(batch: Batch, n: int) -> Tensor:
-    """How many targets each head has in each sequence: int64 ``[n, B]``, known to the host."""
-    return (batch_targets(batch.host, n) != IGNORE_INDEX).sum(-1)
+    """How many targets each head has in each sequence: int64 ``[n, G]``. Of ``batch.host``, known to the host."""
+    supervised_nBS = batch_targets(batch, n) != IGNORE_INDEX
+    return torch.stack([batch.by_sequence(supervised_BS).sum(-1) for supervised_BS in supervised_nBS])
+
+
+def _weights_of_packed(batch: Batch, weights: Tensor | TDWeights) -> tuple[Tensor, Statistics]:
+    """The weight of each decision, ``[B, S]``, and statistics, of rows that hold several sequences each."""
+    decisions_GL = batch.by_sequence(batch.decisions)
+    if isinstance(weights, Tensor):
+        return weights, decision_statistics(batch.by_sequence(weights), decisions_GL)
+    td_GL, weights_GL = decision_weights(weights)
+    return batch.by_row(weights_GL), decision_statistics(weights_GL, decisions_GL, td_GL)
 
 
 def head_scales(totals: Totals) -> Tensor:
@@ -246,16 +272,17 @@ def head_shares(scales_n: Tensor, losses_n: Tensor) -> dict[str, Tensor]:
 
 
 def value_errors(training: Any, values_BS: Tensor, batch: Batch) -> Tensor:
-    """The value loss of each decision, ``[B, S]``, 0 elsewhere: mse, huber or mae against return or GAE target."""
+    """The value loss of each decision by sequence, ``[G, L]``, 0 elsewhere: mse, huber or mae against the target."""
+    values_GL, decisions_GL = batch.by_sequence(values_BS), batch.by_sequence(batch.decisions)
     if training.value_target == "return":
-        targets_BS = discounted_returns(batch.decisions, batch.rewards, training.gamma)
+        targets_GL = discounted_returns(decisions_GL, batch.rewards, training.gamma)
     else:
-        fixed_BS1 = values_BS.detach()[..., None]
-        gae_BS = compute_gae(fixed_BS1, batch.rewards, training.gamma, training.gae_lambda, batch.decisions)
-        targets_BS = values_BS.detach() + gae_BS
+        fixed_GL1 = values_GL.detach()[..., None]
+        gae_GL = compute_gae(fixed_GL1, batch.rewards, training.gamma, training.gae_lambda, decisions_GL)
+        targets_GL = values_GL.detach() + gae_GL
     losses: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "huber": F.huber_loss, "mae": F.l1_loss}
-    errors_BS = losses[training.loss_type](values_BS, targets_BS, reduction="none")
-    return torch.where(batch.decisions, errors_BS, 0.0)
+    errors_GL = losses[training.loss_type](values_GL, targets_GL, reduction="none")
+    return torch.where(decisions_GL, errors_GL, 0.0)
 
 
 def value_loss(training: Any, values_BS: Tensor, batch: Batch, totals: Totals) -> Output:

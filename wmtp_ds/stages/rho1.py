@@ -24,13 +24,13 @@ from wmtp_kernels.rho1 import kept_counts
 class Rho1(Stage):
     """Selective language modelling: per head, the top ``k_percent`` of targets by excess loss; or soft weights."""
 
-    def learned_targets(self, supervised_nBS: Tensor) -> Tensor:
+    def learned_targets(self, supervised_nG: Tensor) -> Tensor:
         """The number of targets that will be selected is known before any loss is: ``⌈k·M⌉`` of each group."""
         if self.training.weighting == "softmax":
-            return supervised_nBS.sum((1, 2))
-        group = (1, 2) if self.training.selection_scope == "batch" else 2
-        kept = kept_counts(supervised_nBS.sum(group), self.training.k_percent)
-        return kept.view(len(supervised_nBS), -1).sum(1)
+            return supervised_nG.sum(1)
+        if self.training.selection_scope == "batch":
+            return kept_counts(supervised_nG.sum(1), self.training.k_percent)
+        return kept_counts(supervised_nG, self.training.k_percent).sum(1)
 
     def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
         """``(1/n) Σ_k (1/M_k) Σ w·CE`` over selected targets, ``w`` from the excess ``CE_{i,k} − r_{i+k}``."""
@@ -39,7 +39,7 @@ class Rho1(Stage):
         targets_nBS = batch_targets(batch, model.n)
         scales_n = head_scales(totals)
         loss, ce_nBS, weights_nBS = model.policy.lm_head(
-            model.policy.head_states(model.trunk(batch)),
+            model.head_states(model.trunk(batch), batch),
             loss=partial(
                 rho1_linear_cross_entropy,
                 targets_nBS=targets_nBS,
@@ -50,7 +50,8 @@ class Rho1(Stage):
                 scope=cfg.selection_scope,
                 temperature=cfg.temperature,
                 scales_n=scales_n,
-                counts_nB=target_counts(batch, model.n),
+                counts_nB=target_counts(batch.host, model.n),
+                sequences_BS=batch.sequence_ids,
             ),
         )
         supervised_nBS = targets_nBS != IGNORE_INDEX

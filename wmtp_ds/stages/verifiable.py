@@ -29,9 +29,9 @@ class Verifiable(Stage):
         """What the weights of a micro-batch are made of: TD errors, or GAE if ``td_lambda > 0``."""
         cfg = self.training
         return TDWeights(
-            values_BS1.detach().squeeze(-1),
+            batch.by_sequence(values_BS1.detach().squeeze(-1)),
             batch.rewards,
-            batch.decisions,
+            batch.by_sequence(batch.decisions),
             beta=cfg.beta,
             min_weight=cfg.weight_clip_min,
             max_weight=cfg.weight_clip_max,
@@ -44,7 +44,7 @@ class Verifiable(Stage):
         """Mean and deviation of δ, and the mean of the exponentials, as the config asks for them."""
         return standardisation(
             [self.weights(v, batch).advantages() for v, batch in zip(values, batches, strict=True)],
-            [batch.decisions for batch in batches],
+            [batch.by_sequence(batch.decisions) for batch in batches],
             beta=self.training.beta,
             zscore=self.training.td_normalize == "zscore",
             mean1=self.training.weight_norm == "mean1",

@@ -1,0 +1,99 @@
+"""What came of the rows that have run, beside the file that is to be, so that the work goes on after a kill."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from wmtp_ds.errors import UserError
+
+
+class Journal:
+    """A line of JSON a row, in the rows' order; a context in which it is this process's alone.
+
+    Args:
+        output: the file that is to be.
+        made_from: all that decides what comes of a row; what is there from something else is thrown away.
+
+    Attributes:
+        entries: how many rows are in it.
+    """
+
+    def __init__(self, output: Path, made_from: Mapping[str, Any]):
+        self.path = output.with_name(f".partial-{output.name}.journal")
+        self.entries = 0
+        self._output = output
+        self._first = json.dumps(dict(made_from), sort_keys=True).encode() + b"\n"
+
+    def __enter__(self) -> "Journal":
+        try:
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise UserError(f"{self._output}: may not be written: {error.strerror}: give another --output") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{self._output}: another process is writing it: wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        self._take_up()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _take_up(self) -> None:
+        """Keep whole lines up to the first that is damaged."""
+        self._file.seek(0)
+        good = 0
+        if self._file.readline() == self._first:
+            good = len(self._first)
+            for line in self._file:
+                if not _is_entry(line):
+                    break
+                good += len(line)
+                self.entries += 1
+        self._file.truncate(good)
+        if not good:
+            self._file.write(self._first)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Enter what came of the next row."""
+        self._file.write(json.dumps(dict(entry)).encode() + b"\n")
+        self._file.flush()
+        self.entries += 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            file.readline()
+            for line in file:
+                yield json.loads(line)
+
+    def remove(self) -> None:
+        """The work is done."""
+        self.path.unlink(missing_ok=True)
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def replace_file(partial: Path, final: Path) -> None:
+    """Give a finished file its name, on disk before it is seen."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
