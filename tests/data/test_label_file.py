@@ -375,7 +375,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
         return found
 
     peak(100)
-    assert peak(1600) < 1.3 * peak(200)
+    # Seven megabytes more to label; how many rows are on their way at once depends on the threads.
+    assert peak(1600) < peak(200) + 1_000_000
 
 
 def test_slow_rows_do_not_hold_up_the_others(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
