@@ -13,6 +13,7 @@ from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_finge
 from wmtp_ds.models.loading import check_architecture, load_policy, read_llama_config
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.models.reference import ReferenceModel
+from wmtp_ds.models.reward import load_reward_model, read_reward_config
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.optimization import lr_schedule, param_groups
 from wmtp_ds.stages.base import Stage, StageModel
@@ -54,6 +55,9 @@ def check_models(resolved: Resolved) -> None:
     if resolved.config.training.needs_reference:
         assert models.reference is not None
         check_architecture(Path(models.reference.path), n_future_tokens=1)
+    if resolved.config.training.uses_rewards and models.reward.source == "model":
+        assert models.reward.path is not None
+        read_reward_config(models.reward.path)
 
 
 def _read_critic(resolved: Resolved, path: Path, hidden_size: int, fingerprint: str | None) -> ValueHeadFile:
@@ -131,6 +135,14 @@ def _build_value_head(resolved: Resolved, hidden_size: int, critic: Path | None)
         # Before the engine is made: its float32 masters are copies of what the weights are then.
         head.load_state_dict(_read_critic(resolved, critic, hidden_size, fingerprint).state_dict)
     return head
+
+
+def build_reward(resolved: Resolved) -> FrozenEngine:
+    """The frozen reward model in an engine of its own."""
+    reward = resolved.config.models.reward
+    assert reward.path is not None
+    ds_config = resolved.deepspeed_reward()
+    return FrozenEngine(load_reward_model(reward.path, sharding=Zero3Sharding(ds_config)), ds_config)
 
 
 def build_reference(resolved: Resolved, load: Loader = load_policy) -> FrozenEngine | None:

@@ -253,7 +253,7 @@ def _make_optimizer(
 
 
 class FrozenEngine:
-    """A module under ZeRO-3 that is only read: the reference model."""
+    """A module under ZeRO-3 that is only read: the reference model, or a reward model."""
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any]):
         deepspeed = _import_deepspeed()
@@ -261,6 +261,11 @@ class FrozenEngine:
         # Without an optimizer section, at stage 3: DeepSpeed refuses other stages here.
         self._engine, *_ = deepspeed.initialize(model=module, config=ds_config)
         self._engine.eval()
+
+    @property
+    def module(self) -> Any:
+        """The module itself; its parameters are partitioned."""
+        return self._engine.module
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

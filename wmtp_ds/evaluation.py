@@ -46,19 +46,19 @@ def evaluate(engine: Engine, batches: Sequence[Batch], device: torch.device) -> 
 
 
 def _final_values(values_BS: Tensor, batch: Batch) -> Tensor:
-    """``[b, 2]``: value at the last decision and reward, of the sequences that have decisions."""
+    """``[b, 2]``: value at the last decision and is_correct, of the sequences that have decisions."""
     values_GL, decisions_GL = batch.by_sequence(values_BS), batch.by_sequence(batch.decisions)
     positions_L = torch.arange(values_GL.shape[1], device=values_GL.device)
     last_G = torch.where(decisions_GL, positions_L, -1).amax(-1)
     final_G = values_GL.gather(1, last_G.clamp(min=0)[:, None]).squeeze(1)
-    return torch.stack([final_G, batch.rewards], 1)[last_G >= 0].double().cpu()
+    return torch.stack([final_G, batch.correct.to(final_G.dtype)], 1)[last_G >= 0].double().cpu()
 
 
-def area_under_roc(scores_and_rewards: Tensor) -> float | None:
-    """AUC of scores at telling rewards ≥ 0.5 from the rest, ``[N, 2]``; None if all are of one kind or not finite."""
+def area_under_roc(scores_and_labels: Tensor) -> float | None:
+    """AUC of scores at telling labels of 1 from those of 0, ``[N, 2]``; None if all are alike or not finite."""
     from sklearn.metrics import roc_auc_score
 
-    correct = scores_and_rewards[:, 1] >= 0.5
-    if correct.all() or not correct.any() or not scores_and_rewards.isfinite().all():
+    correct = scores_and_labels[:, 1] >= 0.5
+    if correct.all() or not correct.any() or not scores_and_labels.isfinite().all():
         return None
-    return float(roc_auc_score(correct.numpy(), scores_and_rewards[:, 0].numpy()))
+    return float(roc_auc_score(correct.numpy(), scores_and_labels[:, 0].numpy()))

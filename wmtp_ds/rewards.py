@@ -1,12 +1,14 @@
 """Rewards of solutions from a reward model: each solution that a run reads is scored once, before training.
 
 The scores of a frozen model are constants. They are computed by all ranks together, in an engine of its own that is
-gone before the policy is loaded, and kept beside the data's tokens, so that another run over the same rows need not.
+gone before the policy is loaded, and kept beside the data's tokens, so that another run over the same rows, or a
+resume, need not compute them again.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,16 @@ import torch
 from torch import Tensor
 
 from wmtp_ds import distributed
+from wmtp_ds.assembly import build_reward
+from wmtp_ds.config import Resolved
 from wmtp_ds.data.index import DataIndex
+from wmtp_ds.data.templates import get_template
 from wmtp_ds.errors import UserError
+from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, padded
+from wmtp_ds.run_data import RunData
+
+logger = logging.getLogger("wmtp_ds")
 
 Scores = npt.NDArray[np.float32]
 # (input_ids [B, S], lengths [B], pad_id) -> [B]
@@ -154,6 +163,62 @@ class ScoreCache:
         except OSError:
             with contextlib.suppress(OSError):
                 partial.unlink()
+
+
+def fill_rewards(resolved: Resolved, data: RunData, device: torch.device) -> None:
+    """Give the run's batches their rewards, where ``models.reward`` asks for others than is_correct. Collective.
+
+    Raises:
+        UserError: if the reward model cannot be loaded, a score is not finite, or a row lacks one.
+    """
+    config = resolved.config
+    source = config.models.reward.source
+    if not config.training.uses_rewards or source == "is_correct":
+        return
+    rows = data.train_rows()
+    files = [(data.train, rows), (data.validation, data.validation_rows)]
+    if source == "scores":
+        scores = [stored_scores(index, wanted) for index, wanted in files]
+    else:
+        scores = _scores_of_model(resolved, files, device)
+    squash = Squash.of(config.models.reward.squash, scores[0])
+    for collator, (index, wanted), found in zip((data.collator, data.validation_collator), files, scores, strict=True):
+        collator.rewards = np.full(len(index), np.nan, np.float32)  # seen at once if a row is read that nobody scored
+        collator.rewards[wanted] = squash(found)
+
+
+def _scores_of_model(
+    resolved: Resolved, files: list[tuple[DataIndex, npt.NDArray[np.int64]]], device: torch.device
+) -> list[Scores]:
+    """The reward model's scores of the wanted rows of each file; those that no earlier run has kept are computed."""
+    config = resolved.config
+    folder = config.models.reward.path
+    assert folder is not None
+    parts = (model_key(folder), config.models.reward.dtype, config.dataset.template, config.dataset.max_length)
+    cache_dir = Path(config.dataset.cache_dir or config.checkpoint.save_dir).expanduser()
+    caches = [ScoreCache(cache_dir, (index.fingerprint, *parts), len(index)) for index, _ in files]
+    # Rank 0's view: what one rank finds in its files, another might not.
+    known: list[Scores] = distributed.broadcast_object([cache.load() for cache in caches])
+    missing = [wanted[np.isnan(scores[wanted])] for (_, wanted), scores in zip(files, known, strict=True)]
+    if any(map(len, missing)):
+        encoder = RewardEncoder(
+            load_tokenizer(folder), get_template(config.dataset.template), config.dataset.max_length
+        )
+        if distributed.is_main():
+            logger.info("%s scores %d solutions", folder, sum(map(len, missing)))
+        engine = build_reward(resolved)
+        try:
+            for (index, _), scores, rows in zip(files, known, missing, strict=True):
+                scores[rows] = score_rows(
+                    engine, encoder, index, rows, batch_size=config.training.batch_size,
+                    vocabulary=engine.module.vocabulary, device=device,
+                )  # fmt: skip
+        finally:
+            engine.close()
+        if distributed.is_main():
+            for cache, scores in zip(caches, known, strict=True):
+                cache.store(scores)
+    return [scores[wanted] for (_, wanted), scores in zip(files, known, strict=True)]
 
 
 def stored_scores(index: DataIndex, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> Scores:

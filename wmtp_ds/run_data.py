@@ -34,10 +34,18 @@ class RunData:
     validation: DataIndex
     plan: SamplePlan
     collator: Collator
+    validation_collator: Collator
     validation_rows: np.ndarray
     too_long: int
     train_tokens: TokenCache | None
     validation_tokens: TokenCache | None
+
+    def train_rows(self) -> np.ndarray:
+        """The rows that the run draws, each once, in the file's order: int64."""
+        drawn = np.zeros(len(self.train), np.bool_)
+        for step in range(self.total_steps):
+            drawn[self.plan.rows(step)] = True
+        return np.flatnonzero(drawn)
 
     @property
     def total_steps(self) -> int:
@@ -68,7 +76,7 @@ class RunData:
     def validation_batches(self, rank: int, world_size: int) -> list[Batch]:
         """This rank's share of the validation rows; as many batches on every rank."""
         size = self.resolved.config.training.batch_size
-        data = self.validation, self.collator
+        data = self.validation, self.validation_collator
         if self.resolved.config.data_sampling.pack_sequences:
             return load_packed(*data, self.validation_rows, self.validation_tokens, Ranks(rank, world_size, size))
         shares = validation_batches(self.validation_rows, rank, world_size, size)
@@ -82,19 +90,21 @@ def open_data(resolved: Resolved, world_size: int) -> RunData:
         UserError: for malformed or empty data, or rows of a kind that is needed and not there.
     """
     config = resolved.config
-    if config.models.reward.source != "is_correct":
-        raise UserError(
-            'models.reward.source: "model" is not available yet; rewards come from the data\'s is_correct. '
-            'Set models.reward.source = "is_correct".'
-        )
     tokenizer = load_tokenizer(Path(config.models.policy.tokenizer_path))
     train = build_index(Path(config.dataset.train))
     if not config.dataset.allow_evaluation_data:
         refuse_evaluation_rows(config.dataset.train)
     validation = build_index(Path(config.dataset.validation))
-    collator = Collator(tokenizer, get_template(config.dataset.template), config.dataset.max_length)
-    if config.data_sampling.pack_sequences and resolve_device(config.runtime.device) == "cuda":
-        collator.pad_to_multiple_of = MASK_ALIGNMENT
+    on_gpu = resolve_device(config.runtime.device) == "cuda"
+    collator, validation_collator = (
+        Collator(
+            tokenizer,
+            get_template(config.dataset.template),
+            config.dataset.max_length,
+            pad_to_multiple_of=MASK_ALIGNMENT if config.data_sampling.pack_sequences and on_gpu else 1,
+        )
+        for _ in range(2)
+    )
     cache_dir = Path(config.dataset.cache_dir).expanduser() if config.dataset.cache_dir else None
     tokens, validation_tokens = (
         open_token_cache(index, collator.encoder, collator.template, cache_dir) for index in (train, validation)
@@ -116,7 +126,19 @@ def open_data(resolved: Resolved, world_size: int) -> RunData:
             f"dataset.validation: {config.dataset.validation} has no {kind} of at most {config.dataset.max_length} "
             "tokens (dataset.max_length). Add some, or raise the limit."
         )
-    return RunData(resolved, tokenizer, train, validation, plan, collator, rows, too_long, tokens, validation_tokens)
+    return RunData(
+        resolved,
+        tokenizer,
+        train,
+        validation,
+        plan,
+        collator,
+        validation_collator,
+        rows,
+        too_long,
+        tokens,
+        validation_tokens,
+    )
 
 
 def world_size_from_launcher() -> int:

@@ -31,6 +31,7 @@ from wmtp_ds.models.loading import load_policy
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
 from wmtp_ds.resume import check_resume, same_table
+from wmtp_ds.rewards import fill_rewards
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
 from wmtp_ds.run_folder import RunFolder, is_main_process
 from wmtp_ds.run_summary import BEST, FINAL, write_summary
@@ -65,6 +66,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
         folder.lock()
     try:
         device = engine.start(resolve_device(resolved.config.runtime.device))
+        fill_rewards(resolved, data, device)
         training = Training(resolved, data, folder, device, critic)
         for change in changes:
             training.display.say(f"changed since the checkpoint: {change}")

@@ -52,6 +52,7 @@ def make_batch() -> Batch:
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         segment_ids=segments,
         row_ids=torch.arange(len(LENGTHS)),
+        correct=torch.tensor([True, False, True]),
     )
 
 

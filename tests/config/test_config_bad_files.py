@@ -473,7 +473,7 @@ def test_missing_deepspeed_file(workspace, value, says):
             {"zero_optimization": {"stage": 2}},
             "ds/reference.json:3 has stage 2; a model without an optimizer needs stage 3",
         ),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "the reference model is frozen"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "a frozen model has none"),
         ({"zero_optimization": ZERO, "optimizer": {"type": "AdamW"}}, 'ds/reference.json:5 sets "optimizer"'),
         ({"zero_optimization": ZERO, "bf16": {"enabled": True}}, "models.reference.dtype (run.toml:11)"),
     ],
@@ -485,6 +485,22 @@ def test_bad_reference_config(workspace, content, says):
     assert says in problem.message
 
 
+def test_a_reward_model_is_read_with_the_file_of_frozen_models(workspace):
+    workspace.write_json("models/reward/config.json", {"architectures": ["LlamaForSequenceClassification"]})
+    workspace.write_json("ds/frozen.json", {"zero_optimization": ZERO, "bf16": {"enabled": True}})
+    workspace.write_config("critic", append='[models.reward]\nsource = "model"\npath = "models/reward"\n')
+    frozen = "deepspeed.reference_config=ds/frozen.json"
+    (problem,) = workspace.problems(frozen)
+    assert (problem.key, problem.origin) == ("deepspeed.reference_config", f"--override {frozen}")
+    assert 'sets "bf16"' in problem.message
+    assert "models.reward.dtype" in problem.message
+    workspace.write_json("ds/frozen.json", {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}})
+    resolved = workspace.load(frozen, "models.reward.dtype=bfloat16")
+    assert resolved.deepspeed_reward()["bf16"] == {"enabled": True}
+    assert resolved.deepspeed_reward()["zero_optimization"]["reduce_bucket_size"] == 5
+    assert "bf16" not in workspace.load(frozen, "models.reward.dtype=float32").deepspeed_reward()
+
+
 def test_save_dir_below_a_file(workspace):
     workspace.write_config("baseline", append='[checkpoint]\nsave_dir = "run.toml/x"\n')
     (problem,) = workspace.problems()
@@ -494,13 +510,14 @@ def test_save_dir_below_a_file(workspace):
 
 def test_reward_model_must_classify(workspace):
     workspace.write_json("models/reward/config.json", {"architectures": ["LlamaForCausalLM"]})
-    append = '[models.reward]\nsource = "model"\npath = "models/reward"\n'
-    workspace.write_config("critic", append=append)
-    (problem,) = workspace.problems()
+    workspace.write_json("ds/frozen.json", {"zero_optimization": ZERO})
+    workspace.write_config("critic", append='[models.reward]\nsource = "model"\npath = "models/reward"\n')
+    frozen = "deepspeed.reference_config=ds/frozen.json"
+    (problem,) = workspace.problems(frozen)
     assert (problem.key, problem.origin) == ("models.reward.path", workspace.line('"models/reward"'))
     assert "is a LlamaForCausalLM, not a sequence-classification model" in problem.message
     workspace.edit_json("models/reward/config.json", architectures=["LlamaForSequenceClassification"])
-    assert workspace.load().config.models.reward.source == "model"
+    assert workspace.load(frozen).config.models.reward.source == "model"
 
 
 def test_sequences_longer_than_the_policy_knows_are_a_warning(workspace):

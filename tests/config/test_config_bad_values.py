@@ -160,11 +160,11 @@ CASES = {
     ),
     "reference config elsewhere": Case(
         "deepspeed.reference_config",
-        "belongs to stage rho1",
+        "belongs to stages critic, verifiable and rho1",
         'config = "ds/zero3.json"',
         'config = "ds/zero3.json"\nreference_config = "x"',
         at="reference_config",
-        stage="critic",
+        stage="baseline",
     ),
     # Types.
     "text for a number": Case(
@@ -393,11 +393,19 @@ CASES = {
     "reward model without path": Case(
         "models.reward.path",
         'is required where models.reward.source = "model"',
+        'config = "ds/zero3.json"',
+        'config = "ds/zero3.json"\nreference_config = "ds/zero3.json"',
         append='[models.reward]\nsource = "model"\n',
         at="",
     ),
     "reward path without use": Case(
         "models.reward.path", "reads no reward model", append='[models.reward]\npath = "m"\n', at='path = "m"'
+    ),
+    "reward path beside scores": Case(
+        "models.reward.path",
+        'models.reward.source = "scores" reads no reward model',
+        append='[models.reward]\nsource = "scores"\npath = "m"\n',
+        at='path = "m"',
     ),
     "reward model elsewhere": Case(
         "models.reward",

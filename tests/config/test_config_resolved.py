@@ -30,7 +30,7 @@ def test_flat_has_plain_values_under_names_that_mlflow_takes(workspace):
     assert flat["data_sampling.curriculum_schedule.0.difficulty_weights.low"] == 1.0
     assert flat["experiment.tags.x"] == "true"
     assert flat["models.policy.path"] == "models/policy"
-    for absent in ("training.max_steps", "models.reference.path", "deepspeed.reference_config", "training.k_percent"):
+    for absent in ("training.max_steps", "models.reference.path", "training.k_percent"):
         assert absent not in flat
     assert all("[" not in key for key in flat)
     assert all(isinstance(value, str | int | float | bool | list) for value in flat.values())

@@ -13,7 +13,15 @@ from wmtp_ds.models.reference import ReferenceModel
 def batch_of(ids: torch.Tensor, supervised: torch.Tensor, segments: torch.Tensor) -> Batch:
     decisions = torch.zeros_like(supervised)
     decisions[:, :-1] = supervised[:, 1:]
-    return Batch(ids, supervised, decisions, torch.ones(len(ids)), segments.int(), torch.arange(len(ids)))
+    return Batch(
+        ids,
+        supervised,
+        decisions,
+        torch.ones(len(ids)),
+        segments.int(),
+        torch.arange(len(ids)),
+        torch.ones(len(ids)) > 0,
+    )
 
 
 def random_batch(seed: int, *, packed: bool) -> Batch:

@@ -71,6 +71,7 @@ def _make_batch(lengths: Sequence[tuple[int, int]], rewards: Sequence[float], si
         rewards=torch.tensor(rewards),
         segment_ids=segments,
         row_ids=torch.arange(len(lengths)),
+        correct=torch.tensor(rewards) >= 0.5,
     )
 
 
@@ -114,6 +115,7 @@ def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> PackedBatch:
         decisions=torch.nn.functional.pad(fields["supervised"][:, 1:], (0, 1)),
         rewards=batch.rewards[order],
         row_ids=batch.row_ids[order],
+        correct=batch.correct[order],
     )
 
 

@@ -147,10 +147,25 @@ def test_validation_counts_each_solution(make_model, batch, packed):
     assert len(scored) == 5  # one has nothing to learn, and so no decision
     # The last token but one emits the last, and is the last decision.
     last = [values[s, tokens_of(batch, s) - 2].item() for s in (0, 1, 3, 4, 5)]
-    assert scored.tolist() == [pytest.approx(pair) for pair in zip(last, [1.0, 0.0, 0.25, 0.75, 0.0], strict=True)]
+    assert scored.tolist() == [pytest.approx(pair) for pair in zip(last, [1.0, 0.0, 0.0, 1.0, 0.0], strict=True)]
     order = [4, 0, 5, 1, 3]
     expected_order = scored[[[0, 1, 3, 4, 5].index(s) for s in order]]
     torch.testing.assert_close(_final_values(packed_values, both), expected_order, rtol=1e-5, atol=1e-6)
+
+
+def test_validation_is_of_correct_solutions_whatever_their_rewards(make_model, batch, packed):
+    model = make_model("verifiable")
+    others = replace(batch, rewards=1 - batch.rewards)
+    for one, other in (
+        (batch, others),
+        (packed(batch, [[2, 4, 0], [5, 1, 3]]), packed(others, [[2, 4, 0], [5, 1, 3]])),
+    ):
+        with torch.no_grad():
+            found, again = model(one, mode="evaluate"), model(other, mode="evaluate")
+        assert torch.equal(found["ce_n"], again["ce_n"])
+        assert torch.equal(_final_values(found["values_BS"], one), _final_values(again["values_BS"], other))
+        assert found["value_loss"] != again["value_loss"]
+        assert found["targets_n"][0] == batch.supervised[batch.correct].sum()
 
 
 def test_there_and_back(batch, packed):

@@ -11,6 +11,14 @@ import click
 _SHOWN = 5  # disagreements, and problems with suspicious tests
 
 
+# What a reward model needs to be told, and what only running does.
+_OF_SCORING = ("dtype", "template", "max_length", "batch_size")
+_OF_RUNNING = (
+    "problems", "workers", "limit_seconds", "limit_memory", "limit_factor", "white_space", "float_tolerance",
+    "untested", "suspicious",
+)  # fmt: skip
+
+
 @click.command(epilog="Example: wmtp-ds data label --input storage/data/own/train.jsonl --output labelled.jsonl")
 @click.option("--input", "source", required=True, metavar="FILE", type=click.Path(path_type=Path), help="A data file.")
 @click.option(
@@ -78,9 +86,42 @@ _SHOWN = 5  # disagreements, and problems with suspicious tests
     help="Rows whose tests fail by themselves, or none of whose problem's correct solutions passes: drop them, keep "
     "the source's label, or believe the tests.",
 )
+@click.option(
+    "--reward-model",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Run nothing: write this model's score into each row (metadata.reward_score), for "
+    'models.reward.source = "scores".',
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the reward model computes in.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(["alpaca", "plain"]),
+    default="alpaca",
+    show_default=True,
+    help="Of the prompt, for a reward model without a chat template.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Tokens that the reward model reads; longer rows lose their left.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of a pass of the reward model."
+)
 @click.option("--force", is_flag=True, help="Replace an output that was made otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
 def label(
+    context: click.Context,
     source: Path,
     output: Path,
     problems: Path | None,
@@ -92,13 +133,19 @@ def label(
     float_tolerance: float,
     untested: str,
     suspicious: str,
+    reward_model: Path | None,
     force: bool,
     as_json: bool,
+    **scoring: Any,
 ) -> None:
     """Run every row's solution against its tests in the sandbox, and label the row by what comes of it.
 
-    Interrupted, the same command goes on where it was.
+    With --reward-model, score every row instead. Interrupted, the same command goes on where it was.
     """
+    _refuse_mixture(context, reward_model is not None)
+    if reward_model is not None:
+        _score(source, output, reward_model, force, as_json, scoring)
+        return
     from wmtp_ds.cli.progress import progress, warn_of_weak_sandbox
     from wmtp_ds.data.label_file import LabelOptions, label_file
     from wmtp_ds.data.labels_output import Comparison
@@ -133,6 +180,35 @@ def label(
         click.echo(json.dumps({"output": str(output), **report, "seconds": round(seconds, 1)}, indent=2))
         return
     _tell(output, report, options.untested, options.suspicious, seconds, workers or os.cpu_count() or 1)
+
+
+def _refuse_mixture(context: click.Context, scores: bool) -> None:
+    for name in _OF_RUNNING if scores else _OF_SCORING:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            typed = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"{typed} is about running solutions, and --reward-model runs none: leave one of them out."
+                if scores
+                else f"{typed} is about a reward model: name one with --reward-model, or leave it out."
+            )
+
+
+def _score(source: Path, output: Path, model: Path, force: bool, as_json: bool, options: dict[str, Any]) -> None:
+    from wmtp_ds.cli.progress import progress
+    from wmtp_ds.score_file import score_file
+
+    began = time.monotonic()
+    with progress("scoring solutions", "rows") as (start, advance):
+        found = score_file(source, output, model, force=force, on_start=start, on_done=advance, **options)
+    seconds = time.monotonic() - began
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **found, "seconds": round(seconds, 1)}, indent=2))
+        return
+    click.echo(f"wrote {output} in {seconds:.0f} s: {found['rows']} rows with metadata.reward_score")
+    for name in ("all", "correct", "incorrect"):
+        if (figures := found[name]) is not None:
+            told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            click.echo(f"  {name:<10} {told}")
 
 
 def _tell(output: Path, report: dict[str, Any], untested: str, suspicious: str, seconds: float, workers: int) -> None:

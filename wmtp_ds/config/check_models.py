@@ -78,7 +78,12 @@ def check_reward_model(context: Context) -> None:
     names = config.get("architectures") if config else None
     if isinstance(names, list) and not any("SequenceClassification" in str(name) for name in names):
         message = f"{context.path(key)} is a {', '.join(map(str, names))}, not a sequence-classification model"
-        context.report(key, message, "name a reward model: one ...ForSequenceClassification with one label")
+        context.report(
+            key,
+            message,
+            "name a reward model: one ...ForSequenceClassification with one label (where config.json is that of the "
+            "model it was made from, as with Starling-RM, write LlamaForSequenceClassification there)",
+        )
 
 
 def read_model_config(context: Context, key: str, *, reward: bool = False) -> dict[str, Any] | None:

@@ -167,8 +167,8 @@ def check_reward(context: Context) -> None:
         where = context.origin("models.reward.source")
         message = f'is required where models.reward.source = "model" ({where})'
         context.report("models.reward.path", message, "write path = ... under [models.reward]")
-    elif source == "is_correct" and context.is_set("models.reward.path"):
-        message = 'is set, but models.reward.source = "is_correct" reads no reward model'
+    elif source in ("is_correct", "scores") and context.is_set("models.reward.path"):
+        message = f'is set, but models.reward.source = "{source}" reads no reward model'
         context.report("models.reward.path", message, 'set source = "model", or remove the path')
 
 

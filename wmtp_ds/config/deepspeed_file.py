@@ -9,7 +9,7 @@ from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.config.deepspeed_keys import OWNED, TOP_KEYS, ZERO_KEYS
 from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.config.positions import json_lines
-from wmtp_ds.config.schema import ModelConfig, RunConfig
+from wmtp_ds.config.schema import ModelConfig, RewardConfig, RunConfig
 
 CONFIG = "deepspeed.config"
 REFERENCE_CONFIG = "deepspeed.reference_config"
@@ -94,15 +94,16 @@ def check_config(context: Context) -> None:
 
 
 def check_reference_config(context: Context) -> None:
-    """The JSON of the frozen reference model: stage 3, and nothing that trains."""
-    if not (context.training and context.training.needs_reference):
+    """The JSON of frozen models, reference or reward: stage 3, and nothing that trains."""
+    scores = context.get("models.reward.source") == "model"
+    if not (context.training and (context.training.needs_reference or (context.training.uses_rewards and scores))):
         return
     file = _open(context, REFERENCE_CONFIG)
     if file is None:
         return
     _check_all(file, "a model without an optimizer needs stage 3")
     if (file.zero or {}).get("offload_optimizer"):
-        message = "offloads an optimizer, but the reference model is frozen and has none"
+        message = "offloads an optimizer, but a frozen model has none"
         file.report((_ZERO, "offload_optimizer"), message, "remove offload_optimizer")
 
 
@@ -126,7 +127,9 @@ def _check_owned(file: _File) -> None:
     for name, owners in OWNED.items():
         if name in file.values:
             if file.key == REFERENCE_CONFIG:
-                owners = tuple(owner.replace("models.policy", "models.reference") for owner in owners)
+                training = file.context.training
+                frozen = "models.reference" if training and training.needs_reference else "models.reward"
+                owners = tuple(owner.replace("models.policy", frozen) for owner in owners)
             shown = json.dumps(file.values[name])
             places = " and ".join(f"{owner} ({file.context.origin(owner)})" for owner in owners)
             message = f'sets "{name}" = {shown[:60]}, which {places} own{"s" if len(owners) == 1 else ""}'
@@ -221,14 +224,14 @@ def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -
     return merged
 
 
-def merge_reference(config: RunConfig, reference: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of the frozen reference model with what the TOML owns filled in: no optimizer."""
+def merge_reference(config: RunConfig, frozen: ModelConfig | RewardConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a frozen model with what the TOML owns filled in: no optimizer."""
     return {
         "timers": _NO_TIMERS,
         **values,
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "steps_per_print": 2**31 - 1,
-        **_precision(reference.dtype, config.runtime.mixed_precision),
+        **_precision(frozen.dtype, config.runtime.mixed_precision),
     }
 
 

@@ -27,7 +27,7 @@ STAGE_KEYS: dict[KeyPath, str] = {
     ("value_head",): "has_value_head",
     ("early_stopping", "variance_min"): "bounds_value_variance",
     ("early_stopping", "variance_max"): "bounds_value_variance",
-    ("deepspeed", "reference_config"): "needs_reference",
+    ("deepspeed", "reference_config"): "reads_frozen_models",
 }
 
 

@@ -76,6 +76,15 @@ class Resolved:
         values = self._read(REFERENCE_CONFIG, self.config.deepspeed.reference_config)
         return merge_reference(self.config, self.config.models.reference, values)
 
+    def deepspeed_reward(self) -> dict[str, Any]:
+        """DeepSpeed's config for the frozen reward model, from the reference model's file.
+
+        Raises:
+            ConfigError: the JSON file cannot be read.
+        """
+        values = self._read(REFERENCE_CONFIG, self.config.deepspeed.reference_config)
+        return merge_reference(self.config, self.config.models.reward, values)
+
     def _read(self, key: str, path: Path) -> dict[str, Any]:
         try:
             return read_deepspeed(str(path))[0]

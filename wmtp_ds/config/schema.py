@@ -51,13 +51,15 @@ class ModelConfig(Table):
 class RewardConfig(Table):
     """``[models.reward]``: where a solution's reward comes from."""
 
-    source: Literal["is_correct", "model"] = Field(
-        default="is_correct", description="the label in the data, or a reward model"
+    source: Literal["is_correct", "model", "scores"] = Field(
+        default="is_correct",
+        description="the label in the data; a reward model; or its scores in the data (metadata.reward_score)",
     )
     path: PathText | None = Field(default=None, description="the reward model's folder")
     dtype: Dtype = Field(default="bfloat16", description="the type that the reward model computes in")
     squash: Literal["sigmoid", "zscore_sigmoid"] = Field(
-        default="sigmoid", description="what brings the reward model's score into [0, 1]"
+        default="sigmoid",
+        description="what brings scores into [0, 1]: the logistic function, of z-scores or as they are",
     )
 
 
@@ -200,7 +202,7 @@ class DeepSpeedConfig(Table):
     )
     reference_config: PathText = Field(
         default=Path("ds_configs/zero3_reference.json"),
-        description="DeepSpeed's JSON for the frozen reference model",
+        description="DeepSpeed's JSON for a frozen model, reference or reward",
     )
 
 

@@ -26,6 +26,7 @@ class TrainingConfig(Table):
     needs_critic: ClassVar[bool] = False
     has_value_head: ClassVar[bool] = False
     uses_rewards: ClassVar[bool] = False
+    reads_frozen_models: ClassVar[bool] = False  # follows from those above
     bounds_value_variance: ClassVar[bool] = False
     # Where the stage's defaults differ.
     default_correct_ratio: ClassVar[float] = 1.0
@@ -77,6 +78,7 @@ class TrainingConfig(Table):
         if stage in _STAGES:
             raise TypeError(f"stage {stage!r} is declared twice: {_STAGES[stage].__name__} and {cls.__name__}")
         cls.stage = stage
+        cls.reads_frozen_models = cls.needs_reference or cls.uses_rewards
         _STAGES[stage] = cls
 
 

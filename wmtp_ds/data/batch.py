@@ -45,6 +45,7 @@ class Batch:
         segment_ids: int32 [B, S], 0 for padding and 1 and up for tokens; positions of one id in a row belong
             together, and nothing reaches from one id into another.
         row_ids: int64 [G], the rows of the data file, ``NO_ROW`` for a sequence that only fills up.
+        correct: bool [G], ``is_correct`` of the row, whatever its reward comes from.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +54,7 @@ class Batch:
     rewards: torch.Tensor
     segment_ids: torch.Tensor
     row_ids: torch.Tensor
+    correct: torch.Tensor
 
     @property
     def packing(self) -> Packing | None:

@@ -156,6 +156,7 @@ class Collator:
             "rewards": torch.from_numpy(rewards.astype(np.float32)),
             "segment_ids": torch.from_numpy(segment_ids),
             "row_ids": torch.from_numpy(numbers.copy()),
+            "correct": torch.tensor(np.asarray(labels, np.bool_)),
         }
 
     def _lone(self) -> Batch:

@@ -36,6 +36,11 @@ class RewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it embeds."""
+        return int(self.classifier.config.get_text_config().vocab_size)
+
     def forward(self, input_ids_BS: Tensor, lengths_B: Tensor, pad_id: int) -> Tensor:
         """The score of each sequence, ``[B]`` float32.
 

@@ -184,7 +184,7 @@ class StageModel(nn.Module):
         if self.stage.trains_policy:
             # Validation loss is the policy's on correct solutions, whatever it trains on.
             targets_nBS = batch_targets(batch, self.n)
-            targets_nBS = targets_nBS.masked_fill(batch.by_row(batch.rewards[:, None])[None] < 0.5, IGNORE_INDEX)
+            targets_nBS = targets_nBS.masked_fill(~batch.by_row(batch.correct[:, None])[None], IGNORE_INDEX)
             count = int(target_counts(batch.host, self.n).sum())
             ce_nBS = self._unembed(self.head_states(trunk_BSD, batch), targets_nBS, count)
             sums["ce_n"] = ce_nBS.double().sum(-1)
