@@ -8,6 +8,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("wmtp_ds.cli.data_sample:sample", "Generate problems that can be verified, with solutions."),
     "import": ("wmtp_ds.cli.data_import:import_", "Import CodeContests, MBPP, HumanEval, or JSONL of your own."),
     "label": ("wmtp_ds.cli.data_label:label", "Label rows by running their solutions against their tests."),
+    "stats": ("wmtp_ds.cli.data_stats:stats", "Counts, lengths, and what each curriculum phase will learn from."),
+    "dedup": ("wmtp_ds.cli.data_dedup:dedup", "Find duplicates, contradictions and contamination; drop them."),
 }
 
 

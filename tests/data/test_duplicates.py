@@ -1,0 +1,281 @@
+"""Near duplicates: against brute force, and the rows that `wmtp-ds data dedup` drops."""
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wmtp_ds.cli.main import main
+from wmtp_ds.data.duplicates import DuplicateOptions, find_duplicates
+from wmtp_ds.data.duplicates_files import write_kept
+from wmtp_ds.data.duplicates_near import missed, near_duplicates, rows_of_band
+from wmtp_ds.data.duplicates_shingles import (
+    MinHash,
+    code_tokens,
+    jaccard,
+    same_code,
+    shingles,
+    standard_error,
+)
+
+WORDS = [f"word{n}" for n in range(400)]
+
+
+def brute_force(a: str, b: str, size: int) -> float:
+    """The Jaccard similarity of the sets of tuples of tokens."""
+    sets = []
+    for text in (a, b):
+        tokens = re.findall(r"\w+|[^\w\s]", text)
+        width = min(size, len(tokens))
+        sets.append({tuple(tokens[i : i + width]) for i in range(len(tokens) - width + 1)} if tokens else set())
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1]) if sets[0] | sets[1] else 1.0
+
+
+def family(random: Random, copies: int, length: int = 120) -> list[str]:
+    """A text and copies of it, each with a few words changed."""
+    text = random.choices(WORDS, k=length)
+    found = [" ".join(text)]
+    for _ in range(copies):
+        other = list(text)
+        for _ in range(random.randrange(6)):
+            other[random.randrange(length)] = random.choice(WORDS)
+        found.append(" ".join(other))
+    return found
+
+
+def greedy(texts: list[str], threshold: float, size: int, groups: list[int]) -> dict[int, tuple[int, float]]:
+    """By comparing every text to all that were kept."""
+    kept, found = [], {}
+    for i, text in enumerate(texts):
+        scores = [(brute_force(text, texts[j], size), -j) for j in kept if groups[j] == groups[i]]
+        best, j = max(scores, default=(0.0, 0))
+        if scores and best >= threshold:
+            found[i] = -j, best
+        else:
+            kept.append(i)
+    return found
+
+
+def by_signature(texts: list[str], threshold: float, size: int, groups: list[int]) -> dict[int, tuple[int, float]]:
+    sets = [shingles(code_tokens(text), size) for text in texts]
+    signature = MinHash()
+    found = near_duplicates(np.array([signature(one) for one in sets]), np.array(groups), threshold, sets.__getitem__)
+    return {pair.text: (pair.of, pair.similarity) for pair in found}
+
+
+@given(st.text(alphabet="ab (\n+", max_size=60), st.text(alphabet="ab (\n+", max_size=60), st.integers(1, 6))
+def test_jaccard_is_that_of_the_sets_of_tuples(a: str, b: str, size: int) -> None:
+    found = jaccard(shingles(code_tokens(a), size), shingles(code_tokens(b), size))
+    assert found == pytest.approx(brute_force(a, b, size), abs=1e-12)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
+def test_planted_near_duplicates_are_found_as_by_brute_force(threshold: float) -> None:
+    random = Random(7)
+    texts = [text for _ in range(25) for text in family(random, 4)]
+    random.shuffle(texts)
+    groups = [random.randrange(2) for _ in texts]
+    expected = greedy(texts, threshold, 5, groups)
+    found = by_signature(texts, threshold, 5, groups)
+    assert len(expected) > 10
+    assert found.keys() == expected.keys()
+    assert {i: of for i, (of, _) in found.items()} == {i: of for i, (of, _) in expected.items()}
+    for i, (_, similarity) in found.items():
+        assert similarity == pytest.approx(expected[i][1], abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(alphabet="abc ", min_size=1, max_size=12), min_size=1, max_size=12), st.integers(1, 3))
+def test_no_false_positives(texts: list[str], size: int) -> None:
+    found = by_signature(texts, 0.6, size, [0] * len(texts))
+    for i, (of, similarity) in found.items():
+        assert of < i
+        assert of not in found
+        assert similarity == pytest.approx(brute_force(texts[i], texts[of], size), abs=1e-12)
+        assert similarity >= 0.6
+
+
+def test_texts_of_one_owner_are_not_compared() -> None:
+    sets = [shingles(code_tokens("a b c d e f g h"), 2)] * 3
+    signatures = np.array([MinHash()(one) for one in sets])
+    owners = np.array([0, 0, 1])
+    found = near_duplicates(signatures, np.zeros(3, np.int64), 0.8, sets.__getitem__, owners)
+    assert [(pair.text, pair.of) for pair in found] == [(2, 0)]
+
+
+def test_signatures_estimate_the_similarity_within_their_error() -> None:
+    random, signature, errors = Random(3), MinHash(), []
+    for _ in range(60):
+        a, b = (np.unique(np.array(random.sample(range(600), 300), np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+                for _ in range(2))  # fmt: skip
+        truth = jaccard(a, b)
+        errors.append((np.mean(signature(a) == signature(b)) - truth) / standard_error(truth))
+    assert abs(np.mean(errors)) < 0.5
+    assert 0.7 < np.std(errors) < 1.3
+    assert standard_error(0.5) == pytest.approx(0.0442, abs=1e-4)
+
+
+def test_signatures_are_the_same_in_every_run() -> None:
+    found = MinHash()(shingles(code_tokens("def f(x):\n    return x + 1"), 5))
+    assert found[:3].tolist() == MinHash()(shingles(code_tokens("def f(x): return x + 1"), 5))[:3].tolist()
+    assert found[:3].tolist() == GOLDEN
+
+
+GOLDEN: list[int] = [0, 0, 0]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
+def test_bands_miss_few(threshold: float) -> None:
+    rows = rows_of_band(threshold)
+    assert missed(threshold, rows) <= 1e-3
+    assert rows == 16 or missed(threshold, rows + 1) > 1e-3
+
+
+def test_code_is_the_same_but_for_trailing_white_space_and_empty_lines() -> None:
+    assert same_code("if x:  \r\n\n    y()\n") == same_code("if x:\n    y()")
+    assert same_code("if x:\n    y()\nz()") != same_code("if x:\n    y()\n    z()")
+
+
+def row(problem: str, output: str, correct: bool = True, text: str = "") -> dict[str, object]:
+    return {"problem_id": problem, "instruction": text or f"{problem} asks for it", "output": output,
+            "is_correct": correct}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def long_text(seed: int) -> str:
+    return " ".join(Random(seed).choices(WORDS, k=60))
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    a, b = long_text(1), long_text(2)
+    return write(
+        tmp_path / "rows.jsonl",
+        [
+            row("p", a),
+            row("p", b, False),
+            row("p", a + "  \n\n"),  # exactly, but for white space
+            row("p", a + " x"),  # nearly
+            row("p", b + " x", False),
+            row("q", a),  # another problem's
+            row("q", b),
+            row("q", b, False),  # a conflict
+            row("r", long_text(3), text=long_text(9)),
+            row("s", long_text(4), text=long_text(9) + " "),  # the problem again
+            row("s", long_text(5), text=long_text(9) + " "),
+        ],
+    )
+
+
+def test_what_is_found_in_a_file(train: Path) -> None:
+    found = find_duplicates(train, DuplicateOptions())
+    assert np.flatnonzero(~found.kept).tolist() == [2, 3, 4, 9, 10]
+    report = found.report
+    solutions = report["repeated_solutions"]
+    assert [(pair["row"].rpartition(":")[2], pair["of"].rpartition(":")[2], pair["rule"]) for pair in
+            solutions["pairs"]] == [("3", "1", "exact"), ("4", "1", "near"), ("5", "2", "near")]  # fmt: skip
+    assert (solutions["exact"], solutions["near"], solutions["groups"], solutions["correct"]) == (1, 2, 2, 2)
+    assert solutions["pairs"][1]["similarity"] == pytest.approx(
+        brute_force(long_text(1), long_text(1) + " x", 5), abs=1e-4
+    )
+    problems = report["repeated_problems"]
+    assert (problems["exact"], problems["near"], problems["rows"]) == (1, 0, 2)
+    assert report["conflicts"]["rows"] == 2
+    assert report["conflicts"]["pairs"] == [{"row": f"{train}:8", "of": f"{train}:7", "says": "incorrect, and correct"}]
+    assert report["rows_kept"] == 6
+
+
+def test_rows_of_different_labels_are_never_merged(train: Path, tmp_path: Path) -> None:
+    found = find_duplicates(train, DuplicateOptions())
+    assert found.kept[[6, 7]].all()
+    dropped = find_duplicates(train, DuplicateOptions(conflicts="drop"))
+    assert not dropped.kept[[6, 7]].any()
+
+
+def test_only_one_part(train: Path) -> None:
+    found = find_duplicates(train, DuplicateOptions(parts=("solution",)))
+    assert np.flatnonzero(~found.kept).tolist() == [2, 3, 4]
+    assert found.report["repeated_problems"] is None
+    found = find_duplicates(train, DuplicateOptions(parts=("problem",)))
+    assert np.flatnonzero(~found.kept).tolist() == [9, 10]
+    assert found.report["repeated_solutions"] is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_what_is_left_has_no_duplicates_and_keeps_its_order(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    random = Random(seed)
+    folder = tmp_path_factory.mktemp("d")
+    rows = [row(random.choice("pq"), text, random.random() < 0.5) for _ in range(5) for text in family(random, 3, 30)]
+    random.shuffle(rows)
+    options = DuplicateOptions(conflicts="drop", parts=("solution",))
+    source = write(folder / "rows.jsonl", rows)
+    first = find_duplicates(source, options)
+    write_kept(first, folder / "out.jsonl", force=False)
+    lines = source.read_text().splitlines()
+    assert (folder / "out.jsonl").read_text().splitlines() == [lines[i] for i in np.flatnonzero(first.kept)]
+    assert not find_duplicates(folder / "out.jsonl", options).anything
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["data", "dedup", *map(str, args)])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_the_command_drops(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "clean.jsonl"
+    assert run(train, "--drop", "--output", output, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows_kept"] == 6
+    assert report["output"] == str(output)
+    assert [entry.name for entry in output.parent.iterdir()] == ["clean.jsonl"]
+    lines = train.read_text().splitlines(keepends=True)
+    assert output.read_text() == "".join(lines[i] for i in (0, 1, 5, 6, 7, 8))
+    assert run(train, "--drop", "--output", output) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(train, "--drop", "--output", output, "--force", "--what", "problems") == 0
+    assert len(output.read_text().splitlines()) == 9
+
+
+def test_check_exits_with_1_if_anything_was_found(train: Path, tmp_path: Path) -> None:
+    assert run(train) == 0
+    assert run(train, "--check") == 1
+    assert run(write(tmp_path / "clean.jsonl", [row("p", "a b c"), row("p", "d e f")]), "--check") == 0
+    conflict = write(tmp_path / "conflict.jsonl", [row("p", "a b c"), row("p", "a b c", False)])
+    assert run(conflict, "--check") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["FILE", "--drop"], "--drop and --output FILE go together"),
+        (["FILE", "--output", "x.jsonl"], "--drop and --output FILE go together"),
+        (["FILE", "--drop", "--output", "FILE"], "is the input"),
+        (["FILE", "--drop", "--output", "FOLDER"], "is a folder"),
+        (["none.jsonl"], "none.jsonl: no such data file"),
+        (["FILE", "--threshold", "0.1"], "--threshold"),
+    ],
+)
+def test_errors_are_one_message(train: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    assert run(*(str(train) if a == "FILE" else str(train.parent) if a == "FOLDER" else a for a in args)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_no_row_would_be_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "rows.jsonl", [row("p", "a b"), row("p", "a b", False)])
+    assert run(source, "--drop", "--output", tmp_path / "out.jsonl", "--conflicts", "drop") == 2
+    assert "no row would be left" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
