@@ -1,12 +1,11 @@
 """The ``wmtp-ds`` program: a lazy group of commands, one exit code for each kind of ending."""
 
-import difflib
-import importlib
 import sys
 
 import click
 
 from wmtp_ds import __version__
+from wmtp_ds.cli.lazy import LazyGroup
 from wmtp_ds.errors import UserError
 
 # Command -> (module:attribute, line of help). A module is imported only when its command runs, so that
@@ -24,39 +23,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
-    """A click group whose commands are imported on use and listed without importing them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order of the design."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command; None if there is none of that name."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; a name that is not one gets a suggestion."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"There is no command '{args[0]}'.{hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
 @click.group(
     cls=LazyGroup,
+    lazy=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: wmtp-ds validate stage_configs/local/critic.toml",
 )

@@ -11,6 +11,7 @@ from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.config.fields import PACKING_ATTENTION
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
+from wmtp_ds.models.tokenizer_file import vocabulary_of
 
 _UNREADABLE = object()
 
@@ -163,7 +164,7 @@ def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tok
         context.report(key, f"{folder} does not exist", "name a folder with a tokenizer.json, or remove the key")
     else:
         content = _read_json(context, key, str(path), how_to_mend_model(folder))
-        tokens = _vocabulary(content)
+        tokens = vocabulary_of(content)
         if tokens:
             return Tokenizer(key, path, tokens)
         if content is not _UNREADABLE:
@@ -171,21 +172,6 @@ def read_tokenizer(context: Context, model: str, *, silent: bool = False) -> Tok
     if silent:
         del context.problems[problems:]
     return None
-
-
-def _vocabulary(content: Any) -> dict[int, str]:
-    """The token of each id in a tokenizer.json; empty if it has none."""
-    try:
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of the ids
-            tokens = {index: str(entry[0]) for index, entry in enumerate(vocabulary)}
-        else:
-            tokens = {int(index): str(token) for token, index in vocabulary.items()}
-        for entry in content.get("added_tokens") or ():
-            tokens[int(entry["id"])] = str(entry["content"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        return {}
-    return tokens
 
 
 def _check_tokenizer_fits(context: Context, model: str, config: dict[str, Any]) -> Tokenizer | None:
