@@ -1,11 +1,20 @@
 """What several folders of tests share: a small checkout to run commands in."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others; torch would take all of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("launch") is None)
 
 
 @pytest.fixture(scope="session")

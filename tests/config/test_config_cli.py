@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -211,12 +211,14 @@ def test_validate_answers_in_well_under_a_second(workspace):
         content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
         workspace.write_json(f"models/{model}/tokenizer.json", content)
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = run("validate", "run.toml", code=2)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "has one of id 31999" in found.stderr
-    assert min(times) < 1.5, "a generous bound, for a machine that does something else besides"
+    # Of a processor, since the machine may do something else besides; a processor shares its units, too.
+    assert min(times) < 1.5
 
 
 def test_the_shipped_production_configs_say_what_is_missing(workspace):

@@ -1,4 +1,4 @@
-"""What the launcher starts in these tests: several runs, one after another, in the same ranks.
+"""What ranks run in these tests: several runs, one after another.
 
 Each job is a stage config with overrides, run by the function that ``bin/train_stage.py`` runs. ``stop_after`` makes
 it see a SIGTERM while it takes that step, as if one had come.

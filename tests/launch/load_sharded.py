@@ -1,5 +1,6 @@
-"""What the launcher starts to watch a sharded load: each rank writes what it held in memory, at most and at the end."""
+"""What each rank runs to watch a sharded load: each rank writes what it held in memory, at most and at the end."""
 
+import ctypes
 import json
 import sys
 import threading
@@ -11,6 +12,7 @@ import torch
 from wmtp_ds import distributed, engine
 from wmtp_ds.models.loading import load_policy
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
 
 
@@ -38,6 +40,8 @@ class Peak(threading.Thread):
 
 def main() -> None:
     small, *folders, output = map(Path, sys.argv[-4:])
+    # Freed blocks go back to the system at once, so that memory held and memory in use are the same.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
     engine.start("cpu")
     torch.set_num_threads(1)
     sharding = engine.Zero3Sharding(CONFIG)

@@ -1,10 +1,10 @@
-"""Through the real launcher: packed rows train as unpacked ones do, with almost no padding and no wait for data."""
+"""On two ranks: packed rows train as unpacked ones do, with almost no padding and no wait for data."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import launcher, run
+from test_launch_parity import start
 
 pytestmark = pytest.mark.launch
 
@@ -49,10 +49,7 @@ def runs(workspace: Path) -> dict[tuple[str, bool], Path]:
         }
         for (stage, packed), folder in folders.items()
     ]
-    (workspace / "packing-jobs.json").write_text(json.dumps(jobs))
-    driver = str(Path(__file__).with_name("driver.py"))
-    done = run([*launcher(RANKS), driver, str(workspace / "packing-jobs.json")], workspace)
-    assert done.returncode == 0, done.stdout + done.stderr
+    start(workspace, jobs, RANKS)
     return folders
 
 

@@ -1,12 +1,12 @@
-"""Through the real launcher: the same losses as plain torch, and the same however the global batch is cut."""
+"""On one, two and four ranks: the same losses as plain torch, and the same however the global batch is cut."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launcher, run
 from plain_torch import stage_loss, tokenize
+from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -75,12 +75,11 @@ def job(root: Path, name: str, stage: str, overrides: list[str], layout: tuple[i
 
 
 def start(root: Path, jobs: list[dict], ranks: int, **variables: str) -> None:
-    """Run jobs in one launch."""
+    """Run jobs one after another in the same ranks."""
     file = root / f"jobs-{ranks}-{len(jobs)}-{len(list(root.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
-    driver = str(Path(__file__).with_name("driver.py"))
-    done = run([*launcher(ranks), driver, str(file)], root, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_ranks(Path(__file__).with_name("driver.py"), [str(file)], ranks, root, **variables)
+    assert done.returncode == 0, done.stdout
     assert done.stdout.count("all jobs done") == ranks
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launcher, run
+from ranks import run_ranks
 from transformers import LlamaConfig
 
 from wmtp_ds.models.config_file import write_config
@@ -36,16 +36,12 @@ def make_policy(folder: Path, tied: bool) -> MTPLlamaForCausalLM:
     return model
 
 
-def test_no_rank_ever_holds_the_whole_model(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rank_ever_holds_the_whole_model(workspace: Path, tmp_path: Path) -> None:
     models = {name: make_policy(tmp_path / name, tied=name == "tied") for name in ("untied", "tied")}
-    driver = str(Path(__file__).with_name("load_sharded.py"))
-    # Freed blocks go back to the system at once, so that memory held and memory in use are the same.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     small = workspace / "storage/models/micro-policy"
-    done = run(
-        [*launcher(RANKS), driver, str(small), *(str(tmp_path / name) for name in models), str(tmp_path)], tmp_path
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [str(small), *(str(tmp_path / name) for name in models), str(tmp_path)]
+    done = run_ranks(Path(__file__).with_name("load_sharded.py"), folders, RANKS, tmp_path)
+    assert done.returncode == 0, done.stdout
 
     for name, model in models.items():
         size = 4 * sum(p.numel() for p in model.parameters())
