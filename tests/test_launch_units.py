@@ -37,6 +37,7 @@ from wmtp_ds.launch import (
     resolve_device,
     train_options,
 )
+from wmtp_ds.signals import Interruption
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "deepspeed", "mlflow")
@@ -380,6 +381,12 @@ def start(monkeypatch: pytest.MonkeyPatch, script: str) -> int:
     return code
 
 
+@pytest.mark.parametrize(("number", "part"), [(9, "SIGKILL: by somebody, or by the system"), (11, "SIGSEGV: a fault")])
+def test_a_rank_that_a_signal_has_ended_is_told_of(monkeypatch, capsys, number, part):
+    assert start(monkeypatch, f"import sys; sys.exit(-{number})") == 1
+    assert f"error: a rank was ended by {part}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
@@ -401,22 +408,29 @@ def stop(number, frame):
     pathlib.Path("signal").write_text(str(number))
     if {patient}:
         return
-    sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
+    sys.exit({code})
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, stop)
 pathlib.Path("ready").write_text("")
 time.sleep(30)
 time.sleep(30)
 '''
-sys.exit(1 if subprocess.call([sys.executable, "-c", rank]) else 0)
+sys.exit(subprocess.call([sys.executable, "-c", rank]))
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "patient", "expected"),
-    [(signal.SIGTERM, False, 143), (signal.SIGINT, False, 130), (signal.SIGTERM, True, 143)],
+    ("number", "patient", "code", "expected"),
+    [
+        (signal.SIGTERM, False, 143, 143),
+        (signal.SIGINT, False, 130, 130),
+        (signal.SIGUSR1, False, 143, 143),
+        (signal.SIGTERM, True, 0, 143),
+        (signal.SIGTERM, False, 1, 1),  # it could not save
+        (signal.SIGTERM, False, 0, 0),  # it was done
+    ],
 )
-def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(monkeypatch, tmp_path, number, patient, expected):
+def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(monkeypatch, tmp_path, number, patient, code, expected):
     monkeypatch.chdir(tmp_path)
 
     def interrupt() -> None:
@@ -429,7 +443,7 @@ def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(monkeypatch, tmp_
     thread = threading.Thread(target=interrupt)
     thread.start()
     began = time.monotonic()
-    assert start(monkeypatch, LAUNCHER.format(patient=patient)) == expected
+    assert start(monkeypatch, LAUNCHER.format(patient=patient, code=code)) == expected
     thread.join()
     assert time.monotonic() - began < 20
     assert Path("signal").read_text() == str(int(number))
@@ -536,6 +550,39 @@ def test_a_run_error_ends_with_1(rank_environment, monkeypatch, capsys):
     monkeypatch.setattr(ranks, "train_rank", fail)
     rank_environment(place(0, 2))
     assert run_rank("--local_rank=0", *RHO1) == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:4242")
+
+
+def wrapped() -> RunError:
+    """As a checkpoint that cannot be written wraps what has stopped it."""
+    error = RunError("checkpoint could not be written")
+    error.__cause__ = LOST
+    return error
+
+
+@pytest.mark.parametrize("error", [LOST, wrapped()])
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_rank_that_lost_another_leaves_it_the_word(monkeypatch, capsys, error, signalled):
+    monkeypatch.setattr(ranks, "_LAST_WORD_SECONDS", 0.2)
+    monkeypatch.setattr(Interruption, "any_seen", signalled)
+    began = time.monotonic()
+    assert ranks._say(error) == 1
+    said = capsys.readouterr().err
+    if signalled:
+        assert said == ""
+    else:
+        assert time.monotonic() - began >= 0.2
+        assert said.startswith("error: rank 0 lost the connection to another rank")
+        assert len(said.splitlines()) == 1
+
+
+def test_a_ranks_own_error_is_said_whole(capsys):
+    assert ranks._say(RuntimeError("shapes do not fit")) == 1
+    assert "RuntimeError: shapes do not fit" in capsys.readouterr().err
+    assert ranks._say(RunError("the disk is full")) == 1
     assert capsys.readouterr().err == "error: the disk is full\n"
 
 

@@ -1,5 +1,6 @@
 """The process group, seen from above: every function also works in a single process without one."""
 
+import re
 from typing import Any
 
 import torch
@@ -75,6 +76,19 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says no more than that another rank is gone (gloo's words, and NCCL's)."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+_LOST = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exited"
+    r"|Socket Timeout|ncclRemoteError|failed to recv, got 0 bytes"
+)
 
 
 def close() -> None:

@@ -29,8 +29,10 @@ import click
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.errors import UserError
 from wmtp_ds.resume import check_resume
+from wmtp_ds.signals import ENDING
 
 SCRIPT = "bin/train_stage.py"
+_SIGNALS = frozenset(int(number) for number in signal.Signals)
 # More than any machine has GPUs; a slip of the finger must not start thousands of processes.
 MAX_RANKS = 256
 
@@ -329,15 +331,29 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: Te
                 number = signal.SIGKILL
             _send(child, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in ENDING}
     try:
         code = launcher.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    # The launcher leaves with a rank's code, which is negative if a signal has ended it.
+    ended_by = -code if code < 0 else 256 - code
+    if received and (ended_by in _SIGNALS or code > 128):
+        return 128 + ENDING[signal.Signals(received[0])]
     if code < 0:
         return 128 - code
-    return 128 + received[0] if received and code else code
+    if ended_by in _SIGNALS:
+        click.echo(f"error: a rank was ended by {_meaning(ended_by)}. Go on with --resume auto.", err=True)
+        return 1
+    return code
+
+
+def _meaning(number: int) -> str:
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return f"{name}: by somebody, or by the system for want of memory (dmesg tells)"
+    return f"{name}: a fault in a library, or somebody's signal"
 
 
 def _children(pid: int) -> list[int]:

@@ -23,7 +23,7 @@ from wmtp_ds.launch import (
     resolve_device,
     train_options,
 )
-from wmtp_ds.signals import die_with_parent
+from wmtp_ds.signals import Interruption, die_with_parent
 
 # How long the other ranks of a node wait for local rank 0 to say what is wrong, before the launcher ends all.
 _LAST_WORD_SECONDS = 20
@@ -106,15 +106,10 @@ def run_rank(work: Callable[[], int]) -> int:
 
     try:
         code = work()
-    except UserError as error:
-        if not distributed.initialized():
+    except Exception as error:
+        if isinstance(error, UserError) and not distributed.initialized():
             raise
-        if distributed.is_main() or error.exit_code == 1:
-            click.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        code = _say(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -122,6 +117,30 @@ def run_rank(work: Callable[[], int]) -> int:
         os._exit(code)
     distributed.close()
     return code
+
+
+def _say(error: Exception) -> int:
+    """Say what has ended this rank, unless another has more to say; the exit code."""
+    from wmtp_ds import distributed
+
+    if distributed.is_loss_of_a_peer(error):
+        # That rank's own error is what matters, and the launcher is about to end this one, or has asked it to end.
+        if Interruption.any_seen:
+            return 1
+        time.sleep(_LAST_WORD_SECONDS)
+        last = " ".join(str(error).split())[:200]
+        click.echo(
+            f"error: rank {distributed.rank()} lost the connection to another rank, and nothing on this machine says "
+            f"why ({last}). Look at the other machines' output; then go on with --resume auto.",
+            err=True,
+        )
+        return 1
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        return 1
+    if distributed.is_main() or error.exit_code == 1:
+        click.echo(f"error: {error}", err=True)
+    return error.exit_code
 
 
 def share_cores(ranks: int) -> None:

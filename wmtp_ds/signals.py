@@ -4,24 +4,36 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
+# What ends a run, and the signal that its exit code tells of (128 plus its number): SLURM's warning counts as SIGTERM.
+ENDING = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGTERM}
+# A terminal signals every process of a command, and launchers pass on what they get: what follows a signal this soon
+# is its echo. After that it is somebody who does not want to wait.
+ECHO_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
 class Interruption:
-    """Remembers SIGTERM and SIGINT while it is active; a second one stops at once.
+    """Remembers SIGTERM, SIGINT and SIGUSR1 while it is active; a second one stops at once.
 
-    Use as a context manager around the training loop.
+    Use as a context manager around the run, its end included: a signal must not cut off what the first one began.
+
+    Attributes:
+        signal: SIGTERM or SIGINT once one has come, else 0.
     """
+
+    any_seen: ClassVar[bool] = False  # in this process, ever
 
     def __init__(self) -> None:
         self.signal = 0
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -30,9 +42,12 @@ class Interruption:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+        now = time.monotonic()
+        Interruption.any_seen = True
+        if not self.signal:
+            self.signal, self._since = ENDING[signal.Signals(number)], now
+        elif now - self._since > ECHO_SECONDS:
+            os._exit(128 + ENDING[signal.Signals(number)])
 
 
 def die_with_parent() -> None:

@@ -125,26 +125,32 @@ class Training:
     def run(self, run_name: str) -> int:
         """Train to the end, an early stop or a signal; returns the exit code."""
         status = "FAILED"
-        try:
-            self.start(run_name)
-            with Interruption() as interruption, ExitStack() as stack:
-                signal = self._loop(interruption, stack)
-            if signal:
-                self.display.say(f"stopped by signal {signal} at step {self.progress.step}; go on with --resume auto")
-                status = "KILLED"
-                return 128 + signal
-            self._finish()
-            status = "FINISHED"
-            return 0
-        finally:
-            self.close(status)
+        # Around the end as well: once a rank has left, the launcher signals the others.
+        with Interruption() as interruption:
+            try:
+                self.start(run_name)
+                with ExitStack() as stack:
+                    signal = self._loop(interruption, stack)
+                if signal:
+                    step = self.progress.step
+                    self.display.say(f"stopped by signal {signal} at step {step}; go on with --resume auto")
+                    status = "KILLED"
+                    return 128 + signal
+                self._finish()
+                status = "FINISHED"
+                return 0
+            finally:
+                self.close(status)
 
     def close(self, status: str) -> None:
         """End the tracked run and release what is held."""
         self.display.close()
         if self.tracker is not None:
-            # After a signal there is little time before the process is killed; `track sync` sends what is left.
-            self.tracker.finish(status, timeout=10.0 if status == "KILLED" else 30.0)
+            # After a signal or an error there is little time before the process is killed; `track sync` sends the rest.
+            self.tracker.finish(status, timeout=30.0 if status == "FINISHED" else 10.0)
+        if status == "KILLED":
+            # The launcher ends all ranks once the first has left with another code than 0.
+            distributed.barrier()
         self.engine.close()
         if self.reference is not None:
             self.reference.close()

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import environment, run
+from conftest import run
 from safetensors.torch import load_file
 from test_launch_parity import start
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,35 +229,6 @@ def test_an_earlier_run_moves_aside(runs: Path) -> None:
     assert summary(runs, "baseline-again.1")["steps"] == 2
 
 
-def test_a_signal_saves_and_the_launcher_resumes(runs: Path) -> None:
-    """SIGTERM to `wmtp-ds train`, then `deepspeed` with a rank too many: it leaves and the other two go on."""
-    more = [part for text in overrides("signalled") for part in ("--override", text)]
-    more += ["--override", "training.max_steps=400", "--override", "training.n_epochs=40.0"]
-    arguments = ["--stage", "baseline", "--config", "stage_configs/local/baseline.toml", "--num_gpus", "2", *more]
-    log = runs / "signalled.log"
-    with log.open("w") as stream:
-        training = subprocess.Popen(
-            ["wmtp-ds", "train", *arguments], cwd=runs, env=environment(), stdout=stream, stderr=subprocess.STDOUT
-        )
-        deadline = time.monotonic() + 120
-        while "step      3/400" not in log.read_text() and time.monotonic() < deadline:
-            assert training.poll() is None, log.read_text()
-            time.sleep(0.2)
-        training.send_signal(signal.SIGTERM)
-        assert training.wait(60) == 143, log.read_text()
-    stopped = int(re.search(r"stopped by signal 15 at step (\d+)", log.read_text()).group(1))
-    assert (runs / f"checkpoints/signalled/step_{stopped:08d}/manifest.json").exists()
-
-    end = stopped + 2
-    command = ["deepspeed", "--num_accelerators", "3", "--master_port", str(free_port()), "bin/train_stage.py"]
-    command += [*arguments, "--override", f"training.max_steps={end}", "--resume", "auto"]
-    done = run(command, runs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"step_{stopped:08d} at step {stopped} of {end}" in done.stderr
-    assert summary(runs, "signalled")["steps"] == end
-    assert summary(runs, "signalled")["world_size"] == 2
-
-
 def test_errors_before_the_group_forms(workspace: Path, tmp_path: Path) -> None:
     """Said once, with exit code 2, whatever starts the ranks."""
     taken = free_port()
@@ -299,7 +268,5 @@ def test_no_model_on_disk(tmp_path: Path, workspace: Path) -> None:
 
 
 def test_no_process_is_left_behind(runs: Path) -> None:
-    import psutil
-
     left = [p for p in psutil.process_iter(["cmdline", "pid"]) if str(runs) in " ".join(p.info["cmdline"] or [])]
     assert [p for p in left if p.info["pid"] != os.getpid()] == []
