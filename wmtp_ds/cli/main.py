@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("wmtp_ds.cli.bench:bench", "Measure the loss kernels and whole training steps."),
     "track": ("wmtp_ds.cli.track:track", "Work with the metrics of runs."),
     "plan": ("wmtp_ds.cli.plan:plan", "Work out the memory that a config takes."),
+    "doctor": ("wmtp_ds.cli.doctor:doctor", "Look for what this machine lacks to train."),
 }
 
 

@@ -1,0 +1,1 @@
+"""What a machine lacks to train: ``wmtp-ds doctor``."""

@@ -1,0 +1,156 @@
+"""Disk, memory, limits, ports, the tracking server and the sandbox."""
+
+import os
+import resource
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from wmtp_ds.doctor.finding import Finding
+
+_GIB = 2**30
+# Below which a disk is called full where nothing says how much a run needs.
+_LITTLE_DISK = 10 * _GIB
+_LITTLE_SHARED_MEMORY = 1 * _GIB
+_FEW_FILES = 1024
+# DeepSpeed's default, where `deepspeed` lets ranks meet unless it is told another.
+_PORT = 29500
+
+
+def disk(save_dir: Path, needed: int = 0) -> Iterator[Finding]:
+    """Free space where checkpoints go, and whether one may write there.
+
+    Args:
+        save_dir: ``checkpoint.save_dir``; it need not be there yet.
+        needed: bytes that a run's checkpoints take, if that is known.
+    """
+    name = f"disk at {save_dir}"
+    place = save_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield Finding(name, "failure", f"{place}: {error.strerror}", "Name another checkpoint.save_dir.")
+        return
+    free = shutil.disk_usage(place).free
+    text = f"{free / _GIB:.1f} GiB free" + (f", a run's checkpoints take {needed / _GIB:.1f}" if needed else "")
+    mend = "Free space, lower checkpoint.save_total_limit, or name another checkpoint.save_dir."
+    if needed > free:
+        yield Finding(name, "failure", text, mend)
+    elif free < _LITTLE_DISK and not needed:
+        yield Finding(name, "warning", text, mend)
+    else:
+        yield Finding(name, "ok", text)
+
+
+def memory() -> Iterator[Finding]:
+    """Main memory, and the shared memory through which ranks of one machine talk."""
+    found = psutil.virtual_memory()
+    yield Finding("memory", "ok", f"{found.available / _GIB:.1f} of {found.total / _GIB:.1f} GiB free")
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        yield Finding("shared memory", "warning", f"there is no {place}", "Mount a tmpfs there: nccl needs it.")
+        return
+    total = shutil.disk_usage(place).total
+    if total < _LITTLE_SHARED_MEMORY:
+        mend = "In a container: docker run --shm-size=8g (or --ipc=host)."
+        yield Finding("shared memory", "warning", f"{total / 2**20:.0f} MiB in {place}", mend)
+    else:
+        yield Finding("shared memory", "ok", f"{total / _GIB:.1f} GiB in {place}")
+
+
+def limits() -> Iterator[Finding]:
+    """Limits of this shell that runs meet."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < _FEW_FILES:
+        yield Finding("open files", "warning", f"at most {files}", "ulimit -n 65536")
+    else:
+        yield Finding("open files", "ok", "unlimited" if files == resource.RLIM_INFINITY else f"at most {files}")
+    cores = len(os.sched_getaffinity(0))
+    yield Finding("processors", "ok", f"{cores} of {os.cpu_count()} may be used")
+
+
+def ports(port: int = _PORT) -> Iterator[Finding]:
+    """Ranks can meet: on the loopback address, on DeepSpeed's own port, and under this machine's name."""
+    with socket.socket() as listener, socket.socket() as caller:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        caller.settimeout(5)
+        caller.connect(listener.getsockname())
+        yield Finding("loopback", "ok", "ranks on this machine can meet")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            yield Finding(f"port {port}", "ok", "free")
+        except OSError as error:
+            mend = "wmtp-ds train finds a free one; with deepspeed itself: --master_port ANOTHER."
+            yield Finding(f"port {port}", "warning", f"taken ({error.strerror})", mend)
+    try:
+        yield Finding("host name", "ok", f"{socket.gethostname()} is {socket.gethostbyname(socket.gethostname())}")
+    except OSError:
+        mend = "For runs on many nodes, name this one in /etc/hosts or in the DNS."
+        yield Finding("host name", "warning", f"{socket.gethostname()} has no address", mend)
+
+
+def tracking(uri: str, seconds: int = 5) -> Iterator[Finding]:
+    """MLflow answers, or its store can be written.
+
+    Args:
+        uri: ``mlflow.tracking_uri``.
+        seconds: how long a server may take.
+    """
+    from wmtp_ds import mlflow_client
+
+    if not uri:
+        yield Finding("mlflow", "ok", "tracking is off (mlflow.tracking_uri is empty)")
+        return
+    shown = mlflow_client.mask_secrets(mlflow_client.clean_tracking_uri(uri))
+    if uri.startswith("sqlite:///"):
+        yield from _store(Path(uri.removeprefix("sqlite:///").partition("?")[0]), shown)
+        return
+    if urlsplit(uri).scheme not in ("http", "https"):
+        yield Finding("mlflow", "ok", f"{shown} (not asked)")
+        return
+    try:
+        client = mlflow_client.connect(mlflow_client.clean_tracking_uri(uri), timeout=seconds)
+        client.search_experiments(max_results=1)
+        yield Finding("mlflow", "ok", f"{shown} answers")
+    except Exception as error:  # whatever MLflow and its transport raise
+        mend = "Runs go on without it; when it is back: wmtp-ds track sync RUN_FOLDER."
+        yield Finding("mlflow", "warning", f"{shown}: {mlflow_client.explain(error)}", mend)
+
+
+def _store(file: Path, shown: str) -> Iterator[Finding]:
+    place = file if file.exists() else file.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if os.access(place, os.W_OK):
+        yield Finding("mlflow", "ok", f"{shown} ({'there' if file.exists() else 'to be made'})")
+    else:
+        yield Finding("mlflow", "warning", f"{shown}: {place} may not be written to", "Name another tracking_uri.")
+
+
+def sandbox() -> Iterator[Finding]:
+    """Whether solutions can be run against their tests, and what keeps them in."""
+    from wmtp_ds.data.sandbox import sandbox_kind, what_is_missing
+    from wmtp_ds.errors import RunError
+
+    mend = "Install bubblewrap (sudo apt-get install bubblewrap). docs/sandbox.md says more."
+    try:
+        kind, missing = sandbox_kind(), what_is_missing()
+    except RunError as error:
+        text = str(error).splitlines()[0]
+        yield Finding("sandbox", "warning", f"{text} Training does not need it; data label does.", mend)
+        return
+    if missing:
+        yield Finding("sandbox", "warning", f"{kind}: {missing}", mend)
+    else:
+        yield Finding("sandbox", "ok", kind)
