@@ -23,11 +23,13 @@ from wmtp_ds.config import Resolved
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.data.loader import timed
 from wmtp_ds.early_stopping import EarlyStopping
+from wmtp_ds.errors import RunError
 from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
 from wmtp_ds.launch import resolve_device
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.models.loading import load_policy
+from wmtp_ds.out_of_memory import explain, is_out_of_memory
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
 from wmtp_ds.resume import check_resume, same_table
@@ -55,7 +57,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
 
     Raises:
         UserError: for what the user can mend, before the process group forms where it can be known then.
-        RunError: if a checkpoint or an export cannot be written.
+        RunError: if a checkpoint or an export cannot be written, or memory runs out.
     """
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), resume)
     changes = check_resume(resolved, resume)
@@ -71,6 +73,11 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
         for change in changes:
             training.display.say(f"changed since the checkpoint: {change}")
         return training.run(run_name or resolved.config.experiment.name)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        where = resolve_device(resolved.config.runtime.device)
+        raise RunError(explain(error, resolved, where, distributed.world_size())) from error
     finally:
         folder.close()
 
