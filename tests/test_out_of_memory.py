@@ -88,13 +88,11 @@ def test_on_a_cpu_no_rank_is_advised(monkeypatch):
 
 
 def test_a_model_that_cannot_be_planned():
-    resolved = resolved_of(
-        "rho1.toml", 'models.policy.name="mine"', 'models.policy.path="storage/mine"', "experiment.tags={}"
-    )
+    named = ['models.policy.name="mine"', 'models.policy.path="storage/mine"', 'experiment.name="mine"']
+    resolved = resolved_of("rho1.toml", *named, 'experiment.tags.model="mine"')
     said = explain(GPU, resolved, "cuda", 1)
-    assert said.startswith(
-        "out of memory on the GPU: CUDA out of memory. Tried to allocate 2.00 GiB. What the config takes cannot be planned: "
-    )
+    assert said.startswith("out of memory on the GPU: CUDA out of memory.")
+    assert "cannot be planned: " in said
 
 
 def test_a_run_says_so(monkeypatch):
