@@ -15,9 +15,10 @@ import pytest
 
 from wmtp_ds.cli.main import main
 from wmtp_ds.data import label_file as module
-from wmtp_ds.data.label_file import LabelOptions, label_file, report_path, run_row
+from wmtp_ds.data.label_file import LabelOptions, label_file, run_row
 from wmtp_ds.data.label_file_tests import Problem
 from wmtp_ds.data.labels import FunctionTests, Label, StdioTests, Verdict
+from wmtp_ds.data.output_file import report_path
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import RunError, UserError
 
@@ -409,6 +410,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
         "b:1: not UTF-8",
     ),
     "itself": (lambda tmp, source: ["--input", source, "--output", source], "is the input"),
+    "its tests": (
+        lambda tmp, source: ["--input", source, "--problems", write(tmp / "t"), "--output", tmp / "t", "--force"],
+        "is the input, or its tests",
+    ),
     "output is a folder": (lambda tmp, source: ["--input", source, "--output", tmp], "is a folder: give --output"),
     "another file": (_other_file, "exists, and was not made by this command"),
     "no problems": (

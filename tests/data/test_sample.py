@@ -1,6 +1,9 @@
 """``wmtp-ds data sample``: what it writes, that every label is earned, and that it is reproducible."""
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,8 @@ from typing import Any
 import pytest
 
 from wmtp_ds.cli.main import main
-from wmtp_ds.data.dataset_files import finished, write_dataset
+from wmtp_ds.data.dataset_files import finished
+from wmtp_ds.data.labelled_rows import Report
 from wmtp_ds.data.labels import FunctionTests, Group, label_groups
 from wmtp_ds.data.mutate import normalise
 from wmtp_ds.data.rows import parse_row
@@ -110,20 +114,45 @@ def test_what_is_there_is_reused_unless_it_differs(tmp_path: Path) -> None:
     assert finished(tmp_path, made_from) is None
 
 
-def test_an_interrupted_run_leaves_nothing_that_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dataset(tmp_path, {"train.jsonl": [{"a": 1}], "validation.jsonl": []}, {"seed": 1}, {})
-    assert finished(tmp_path, {"seed": 1}) is not None
+def test_a_full_disk_leaves_what_was_there(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "sample"
+    shutil.copytree(sample, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
 
     def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr("wmtp_ds.data.sample.labelled_rows", lambda sources, **_: ([[] for _ in sources], Report()))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="No space left on device"):
-        write_dataset(tmp_path, {"train.jsonl": [{"a": 2}], "validation.jsonl": []}, {"seed": 2}, {})
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
-    assert (tmp_path / "train.jsonl").read_text() == '{"a": 1}\n'
-    assert finished(tmp_path, {"seed": 1}) is None
-    assert finished(tmp_path, {"seed": 2}) is None
+    with pytest.raises(RunError, match="the disk is full; nothing there counts as finished: free space"):
+        make_sample(output, problems=22)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"]
+
+
+def test_other_data_in_the_folder_stays(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "imported"
+    shutil.copytree(sample, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["made_from"] = {"command": "data import mbpp"}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train.jsonl").write_text("mine")
+    extended = tmp_path / "extended"
+    shutil.copytree(sample, extended)
+    (extended / "notes.txt").write_text("mine")
+    for folder, message in (
+        (other, "holds data of another command (data import mbpp)"),
+        (mine, "has files in it that no import made"),
+        (extended, "notes.txt in it is no file of the import"),
+    ):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(SystemExit) as end:
+            main(["data", "sample", "--output", str(folder), "--problems", "22"])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_too_few_problems_and_a_bad_output_are_user_errors(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`wmtp-ds data stats`: against counts made by reading the batches of a run."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +210,34 @@ def test_the_table_and_the_picture(workspace: Path, capsys: pytest.CaptureFixtur
         (["--config", "run.toml", "--tokenizer", "tokenizer"], "--tokenizer is what the config says"),
         (["--config", "none.toml"], "none.toml"),
         (["train.jsonl", "--tokenizer", "nowhere"], "nowhere"),
+        (["train.jsonl", "--plot", "train.jsonl"], "give a name that ends with .png"),
+        (["train.jsonl", "--plot", "train.jsonl/x.png"], "its folder is a file"),
+        (["train.jsonl", "--plot", "tokenizer.png"], "is a folder: give --plot the name of a file"),
+        (["train.jsonl", "--plot", "link.png"], "is the input"),
     ],
 )
 def test_errors_are_one_message(
     workspace: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
+    (workspace / "tokenizer.png").mkdir()
+    (workspace / "link.png").symlink_to("train.jsonl")
+    before = (workspace / "train.jsonl").read_bytes()
     assert run(*args) == 2
+    assert (workspace / "train.jsonl").read_bytes() == before
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "picture.png").write_text("before")
+
+    def full(figure: Any, path: Path, **options: Any) -> None:
+        path.write_text("half a pic")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert run("train.jsonl", "--plot", "picture.png") == 1
+    assert "picture.png: writing failed: No space left on device" in capsys.readouterr().err
+    assert (workspace / "picture.png").read_text() == "before"
+    assert not list(workspace.glob(".partial-*"))
