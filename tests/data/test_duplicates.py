@@ -118,6 +118,14 @@ def test_signatures_estimate_the_similarity_within_their_error() -> None:
     assert standard_error(0.5) == pytest.approx(0.0442, abs=1e-4)
 
 
+def test_a_signature_made_part_by_part_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = np.sort(np.arange(1, 100, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    at_once = MinHash()(hashes).tolist()
+    for rows in (1, 2, 98):
+        monkeypatch.setattr("wmtp_ds.data.duplicates_shingles._ROWS", rows)
+        assert MinHash()(hashes).tolist() == at_once
+
+
 def test_signatures_are_the_same_in_every_run() -> None:
     found = MinHash()(shingles(code_tokens("def f(x):\n    return x + 1"), 5))
     assert found[:3].tolist() == MinHash()(shingles(code_tokens("def f(x): return x + 1"), 5))[:3].tolist()
@@ -231,3 +239,11 @@ def test_problems_without_a_text_repeat_nothing(tmp_path: Path) -> None:
     kept, report = kept_of(tmp_path / "rows.jsonl", rows)
     assert kept == [0, 1, 2]
     assert report["repeated_problems"]["rows"] == 0
+
+
+def test_as_similar_as_the_threshold_is_near(tmp_path: Path) -> None:
+    assert brute_force("a b c d", "a b c e", 1) == 0.6
+    texts = ["a b c d", "a b c e"]
+    for threshold, expected in ((0.6, [0]), (0.61, [0, 1])):
+        kept, _ = kept_of(tmp_path / "rows.jsonl", [row("p", text) for text in texts], threshold=threshold, shingle=1)
+        assert kept == expected
