@@ -102,7 +102,7 @@ def test_a_batch_by_hand():
     assert batch.row_ids.tolist() == [5, 9]
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.text(max_size=60), st.text(max_size=60), st.booleans()), min_size=1, max_size=4),
     st.integers(2, 90),

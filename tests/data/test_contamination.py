@@ -93,6 +93,33 @@ def test_short_texts_count_from_eight_words_on() -> None:
         assert (found and found.rule) == expected
 
 
+def test_shorter_ngrams_find_shorter_texts() -> None:
+    short = text_of(4, 6)
+    for ngram, expected in ((5, "ngram"), (6, "ngram"), (7, None)):
+        found = evaluation(("problem", short), ngram=ngram).compare("problem", f"{text_of(5)} {short} {text_of(6)}")
+        assert (found and found.rule) == expected
+
+
+def test_of_texts_that_are_contained_alike_the_first_is_named() -> None:
+    one, two = text_of(1, 20), text_of(2, 20)
+    for order in ((one, two), (two, one)):
+        known = evaluation(*(("problem", text) for text in order))
+        found = known.compare("problem", f"{two} {text_of(3)} {one} {text_of(5)}")
+        assert found is not None
+        assert (found.rule, found.similarity, found.of.where) == ("ngram", 1.0, "e:1")
+    partly = evaluation(("problem", " ".join([*one.split()[:18], "other", "words"])), ("problem", two))
+    found = partly.compare("problem", f"{one} {text_of(3)} {two} {text_of(5)}")
+    assert found is not None
+    assert (found.similarity, found.of.where) == (1.0, "e:2")
+
+
+def test_a_text_that_says_nothing_is_in_no_evaluation_set() -> None:
+    known = evaluation(("problem", " \n"), ("solution", ""), ("problem", "something"))
+    assert len(known.texts) == 1
+    assert known.compare("problem", "") is None
+    assert known.compare("solution", "\n") is None
+
+
 def test_exact_and_near_duplicates_are_of_the_same_part() -> None:
     code = text_of(1)
     known = evaluation(("solution", code), ngram=None)
@@ -150,12 +177,17 @@ def test_of_a_folder_only_what_is_for_evaluation(tmp_path: Path) -> None:
 
 def test_no_problem_is_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "validation.jsonl", [row("a", text_of(1), "x y"), row("z", text_of(7), "x y")])
-    rows = [row("a", text_of(8), "p q"), row("b", text_of(7) + " w1", "r s"), row("c", text_of(9), "x y")]
+    rows = [
+        row("a", text_of(8), "p q"),
+        row("b", text_of(7) + " w1", "r s"),
+        row("c", text_of(9), "x y"),
+        row("b", text_of(7) + " w1", "t u"),
+    ]
     train = write(tmp_path / "train.jsonl", rows)
     with pytest.raises(SystemExit):
         main(["data", "dedup", str(train), "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["split"]["problems"] == 2
+    assert (report["split"]["problems"], report["split"]["rows"]) == (2, 3)
     assert report["split"]["by_rule"] == {"problem_id": 1, "near": 1}
     assert [pair["of"] for pair in report["split"]["pairs"]] == [f"{tmp_path}/validation.jsonl:{n}" for n in (1, 2)]
     assert report["rows_kept"] == 1

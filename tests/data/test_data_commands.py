@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -66,3 +67,37 @@ def test_progress_of_nothing_and_in_one_step(capsys: pytest.CaptureFixture[str])
         start(8)
         advance(8)
     assert capsys.readouterr().err == "counting: 8 of 8 problems\n"
+
+
+@pytest.mark.parametrize("what", ["jsonl", "mbpp", "humaneval", "codecontests"])
+def test_an_import_does_not_replace_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    source = tmp_path / "data" / "rows.jsonl"
+    source.parent.mkdir()
+    source.write_text("mine")
+    (tmp_path / "link").symlink_to("data")
+    for output in (tmp_path / "data", tmp_path / "link", tmp_path):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "import", what, "--input", str(source), "--output", str(output), "--force"])
+        assert end.value.code == 2
+        assert f"{source}: lies in {output}, which the import replaces" in capsys.readouterr().err
+    assert source.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["label", "--input", "a", "--output", "b", "--limit-seconds", "inf"],
+        ["label", "--input", "a", "--output", "b", "--limit-factor", "nan"],
+        ["label", "--input", "a", "--output", "b", "--float-tolerance", "inf"],
+        ["import", "jsonl", "--input", "a", "--output", "b", "--validation-fraction", "nan"],
+        ["import", "mbpp", "--input", "a", "--output", "b", "--validation-fraction", "nan"],
+        ["import", "codecontests", "--input", "a", "--output", "b", "--validation-fraction", "nan"],
+    ],
+)
+def test_numbers_that_are_none(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["data", *args])
+    assert end.value.code == 2
+    assert f"Invalid value for '{args[-2]}': {args[-1]} is not a number." in capsys.readouterr().err

@@ -1,16 +1,16 @@
 """Near duplicates: against brute force, and the rows that `wmtp-ds data dedup` drops."""
 
-import json
 import re
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
+from duplicate_rows import WORDS, long_text, planted, row, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_ds.cli.main import main
 from wmtp_ds.data.duplicates import DuplicateOptions, find_duplicates
 from wmtp_ds.data.duplicates_files import write_kept
 from wmtp_ds.data.duplicates_near import missed, near_duplicates, rows_of_band
@@ -22,8 +22,6 @@ from wmtp_ds.data.duplicates_shingles import (
     shingles,
     standard_error,
 )
-
-WORDS = [f"word{n}" for n in range(400)]
 
 
 def brute_force(a: str, b: str, size: int) -> float:
@@ -120,6 +118,14 @@ def test_signatures_estimate_the_similarity_within_their_error() -> None:
     assert standard_error(0.5) == pytest.approx(0.0442, abs=1e-4)
 
 
+def test_a_signature_made_part_by_part_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = np.sort(np.arange(1, 100, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    at_once = MinHash()(hashes).tolist()
+    for rows in (1, 2, 98):
+        monkeypatch.setattr("wmtp_ds.data.duplicates_shingles._ROWS", rows)
+        assert MinHash()(hashes).tolist() == at_once
+
+
 def test_signatures_are_the_same_in_every_run() -> None:
     found = MinHash()(shingles(code_tokens("def f(x):\n    return x + 1"), 5))
     assert found[:3].tolist() == MinHash()(shingles(code_tokens("def f(x): return x + 1"), 5))[:3].tolist()
@@ -141,39 +147,9 @@ def test_code_is_the_same_but_for_trailing_white_space_and_empty_lines() -> None
     assert same_code("if x:\n    y()\nz()") != same_code("if x:\n    y()\n    z()")
 
 
-def row(problem: str, output: str, correct: bool = True, text: str = "") -> dict[str, object]:
-    return {"problem_id": problem, "instruction": text or f"{problem} asks for it", "output": output,
-            "is_correct": correct}  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
-
-
-def long_text(seed: int) -> str:
-    return " ".join(Random(seed).choices(WORDS, k=60))
-
-
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
-    a, b = long_text(1), long_text(2)
-    return write(
-        tmp_path / "rows.jsonl",
-        [
-            row("p", a),
-            row("p", b, False),
-            row("p", a + "  \n\n"),  # exactly, but for white space
-            row("p", a + " x"),  # nearly
-            row("p", b + " x", False),
-            row("q", a),  # another problem's
-            row("q", b),
-            row("q", b, False),  # a conflict
-            row("r", long_text(3), text=long_text(9)),
-            row("s", long_text(4), text=long_text(9) + " "),  # the problem again
-            row("s", long_text(5), text=long_text(9) + " "),
-        ],
-    )
+    return planted(tmp_path / "rows.jsonl")
 
 
 def test_what_is_found_in_a_file(train: Path) -> None:
@@ -222,60 +198,52 @@ def test_what_is_left_has_no_duplicates_and_keeps_its_order(
     options = DuplicateOptions(conflicts="drop", parts=("solution",))
     source = write(folder / "rows.jsonl", rows)
     first = find_duplicates(source, options)
-    write_kept(first, folder / "out.jsonl", force=False)
+    write_kept(first, folder / "out.jsonl", {})
     lines = source.read_text().splitlines()
     assert (folder / "out.jsonl").read_text().splitlines() == [lines[i] for i in np.flatnonzero(first.kept)]
     assert not find_duplicates(folder / "out.jsonl", options).anything
 
 
-def run(*args: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["data", "dedup", *map(str, args)])
-    assert isinstance(end.value.code, int)
-    return end.value.code
+def kept_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[list[int], dict[str, Any]]:
+    found = find_duplicates(write(path, rows), DuplicateOptions(**options))
+    return np.flatnonzero(found.kept).tolist(), found.report
 
 
-def test_the_command_drops(train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out" / "clean.jsonl"
-    assert run(train, "--drop", "--output", output, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["rows_kept"] == 6
-    assert report["output"] == str(output)
-    assert [entry.name for entry in output.parent.iterdir()] == ["clean.jsonl"]
-    lines = train.read_text().splitlines(keepends=True)
-    assert output.read_text() == "".join(lines[i] for i in (0, 1, 5, 6, 7, 8))
-    assert run(train, "--drop", "--output", output) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert run(train, "--drop", "--output", output, "--force", "--what", "problems") == 0
-    assert len(output.read_text().splitlines()) == 9
+def chain(seed: int) -> tuple[str, str, str]:
+    """Three texts, of which neighbours are near duplicates (0.7), and the first and the last are none."""
+    middle = long_text(seed).split()
+    return " ".join(["x"] * 8 + middle[8:]), " ".join(middle), " ".join(middle[:-8] + ["y"] * 8)
 
 
-def test_check_exits_with_1_if_anything_was_found(train: Path, tmp_path: Path) -> None:
-    assert run(train) == 0
-    assert run(train, "--check") == 1
-    assert run(write(tmp_path / "clean.jsonl", [row("p", "a b c"), row("p", "d e f")]), "--check") == 0
-    conflict = write(tmp_path / "conflict.jsonl", [row("p", "a b c"), row("p", "a b c", False)])
-    assert run(conflict, "--check") == 1
+def test_a_copy_of_what_repeats_a_problem_of_its_own_id_is_compared_to_others(tmp_path: Path) -> None:
+    first, middle, last = chain(1)
+    rows = [row(problem, f"solution {n}", text=text) for n, (problem, text) in
+            enumerate([("a", first), ("b", middle), ("a", middle), ("c", last)])]  # fmt: skip
+    assert brute_force(first, last, 5) < 0.7 < brute_force(first, middle, 5)
+    kept, report = kept_of(tmp_path / "rows.jsonl", rows, threshold=0.7)
+    assert kept == [0, 2]
+    assert [pair["of"].rpartition(":")[2] for pair in report["repeated_problems"]["pairs"]] == ["1", "3"]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["FILE", "--drop"], "--drop and --output FILE go together"),
-        (["FILE", "--output", "x.jsonl"], "--drop and --output FILE go together"),
-        (["FILE", "--drop", "--output", "FILE"], "is the input"),
-        (["FILE", "--drop", "--output", "FOLDER"], "is a folder"),
-        (["none.jsonl"], "none.jsonl: no such data file"),
-        (["FILE", "--threshold", "0.1"], "--threshold"),
-    ],
-)
-def test_errors_are_one_message(train: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
-    assert run(*(str(train) if a == "FILE" else str(train.parent) if a == "FOLDER" else a for a in args)) == 2
-    assert message in capsys.readouterr().err
+def test_a_copy_of_what_is_nearly_the_same_is_nearly_the_same(tmp_path: Path) -> None:
+    text = long_text(1)
+    kept, report = kept_of(tmp_path / "rows.jsonl", [row("p", one) for one in (text, text + " x", text + " x\n")])
+    assert kept == [0]
+    found = report["repeated_solutions"]
+    assert (found["exact"], found["near"], found["groups"]) == (0, 2, 1)
+    assert [(pair["rule"], pair["similarity"] < 1) for pair in found["pairs"]] == [("near", True), ("near", True)]
 
 
-def test_nothing_is_written_where_no_row_would_be_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path / "rows.jsonl", [row("p", "a b"), row("p", "a b", False)])
-    assert run(source, "--drop", "--output", tmp_path / "out.jsonl", "--conflicts", "drop") == 2
-    assert "no row would be left" in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
+def test_problems_without_a_text_repeat_nothing(tmp_path: Path) -> None:
+    rows = [{**row(problem, f"{problem} says"), "instruction": " "} for problem in "pqr"]
+    kept, report = kept_of(tmp_path / "rows.jsonl", rows)
+    assert kept == [0, 1, 2]
+    assert report["repeated_problems"]["rows"] == 0
+
+
+def test_as_similar_as_the_threshold_is_near(tmp_path: Path) -> None:
+    assert brute_force("a b c d", "a b c e", 1) == 0.6
+    texts = ["a b c d", "a b c e"]
+    for threshold, expected in ((0.6, [0]), (0.61, [0, 1])):
+        kept, _ = kept_of(tmp_path / "rows.jsonl", [row("p", text) for text in texts], threshold=threshold, shingle=1)
+        assert kept == expected

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 from wmtp_ds.cli.main import main
 from wmtp_ds.data import label_file as module
-from wmtp_ds.data.label_file import LabelOptions, label_file, report_path, run_row
+from wmtp_ds.data.label_file import LabelOptions, label_file, run_row
+from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.label_file_tests import Problem
 from wmtp_ds.data.labels import FunctionTests, Label, StdioTests, Verdict
+from wmtp_ds.data.output_file import report_path
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import RunError, UserError
 
@@ -409,6 +412,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
         "b:1: not UTF-8",
     ),
     "itself": (lambda tmp, source: ["--input", source, "--output", source], "is the input"),
+    "its tests": (
+        lambda tmp, source: ["--input", source, "--problems", write(tmp / "t"), "--output", tmp / "t", "--force"],
+        "is the input, or its tests",
+    ),
     "output is a folder": (lambda tmp, source: ["--input", source, "--output", tmp], "is a folder: give --output"),
     "another file": (_other_file, "exists, and was not made by this command"),
     "no problems": (
@@ -464,3 +471,23 @@ def test_a_full_disk_is_one_clear_error(many: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match=r"No space left on device; what has run is kept in .*partial-out"):
         label_file(many, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("room", [10, 60])
+def test_no_room_for_the_journal(tmp_path: Path, room: int) -> None:
+    """Neither for its first line nor for an entry; a buffer that cannot be emptied is no error of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with (
+            pytest.raises((RunError, OSError), match="File too large") as error,
+            Journal(tmp_path / "out.jsonl", {"command": "label"}) as journal,
+        ):
+            journal.append({"verdict": "passed", "evidence": "e" * 80})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(error.value, RunError) == (room == 10)
+    with Journal(tmp_path / "out.jsonl", {"command": "label"}) as journal:
+        assert journal.entries == 0
+        journal.append({"verdict": "passed"})
+        assert list(journal) == [{"verdict": "passed"}]

@@ -1,6 +1,11 @@
 """``wmtp-ds data sample``: what it writes, that every label is earned, and that it is reproducible."""
 
+import contextlib
+import errno
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +14,8 @@ from typing import Any
 import pytest
 
 from wmtp_ds.cli.main import main
-from wmtp_ds.data.dataset_files import finished, write_dataset
+from wmtp_ds.data.dataset_files import finished
+from wmtp_ds.data.labelled_rows import Report
 from wmtp_ds.data.labels import FunctionTests, Group, label_groups
 from wmtp_ds.data.mutate import normalise
 from wmtp_ds.data.rows import parse_row
@@ -23,11 +29,29 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+COMMAND = ["data", "sample", "--problems", "22", "--seed", "2"]
+
+
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """What the command made, and what it said on standard output and standard error."""
     output = tmp_path_factory.mktemp("data") / "sample"
-    make_sample(output, problems=33, seed=1)
-    return output
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main([*COMMAND, "--output", str(output), "--json"])
+    assert end.value.code == 0
+    return output, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sample(made: tuple[Path, str, str]) -> Path:
+    return made[0]
+
+
+@pytest.fixture
+def again(sample: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    return Path(shutil.copytree(sample, tmp_path / "sample"))
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +89,9 @@ def test_labels_are_earned(rows: list[dict[str, Any]]) -> None:
 
 def test_correct_and_incorrect_rows_balance_in_every_problem(rows: list[dict[str, Any]]) -> None:
     problems = {row["problem_id"] for row in rows}
-    assert len(problems) == 33
+    assert len(problems) == 22
     correct = sum(row["is_correct"] for row in rows)
-    assert correct == 3 * 33
+    assert correct == 3 * 22
     assert 0.85 * correct <= len(rows) - correct <= correct
     assert len({(row["problem_id"], row["output"]) for row in rows}) == len(rows)
 
@@ -83,47 +107,63 @@ def test_the_split_is_by_problem(sample: Path) -> None:
         assert not {row[key] for row in train} & {row[key] for row in validation}
 
 
-def test_the_same_seed_gives_the_same_bytes(sample: Path, tmp_path: Path) -> None:
-    make_sample(tmp_path, problems=33, seed=1)
+def test_what_is_there_is_reused(again: Path) -> None:
+    written = {entry.name: entry.stat().st_mtime_ns for entry in again.iterdir()}
+    assert make_sample(again, problems=22, seed=2)["reused"]
+    assert {entry.name: entry.stat().st_mtime_ns for entry in again.iterdir()} == written
+    made_from = json.loads((again / "manifest.json").read_text())["made_from"]
+    assert finished(again, made_from) is not None
+    assert finished(again, {**made_from, "seed": 3}) is None
+    assert finished(again, {**made_from, "code": "other"}) is None
+    (again / "manifest.json").write_text("{")
+    assert finished(again, made_from) is None
+
+
+def test_what_has_changed_is_made_again_and_the_same_seed_gives_the_same_bytes(sample: Path, again: Path) -> None:
+    (again / "train.jsonl").write_bytes((again / "train.jsonl").read_bytes()[:-1])
+    assert not make_sample(again, problems=22, seed=2)["reused"]
     for name in (*FILES, "manifest.json"):
-        assert (tmp_path / name).read_bytes() == (sample / name).read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "manifest.json"}
+        assert (again / name).read_bytes() == (sample / name).read_bytes()
+    assert {path.name for path in again.iterdir()} == {*FILES, "manifest.json"}
 
 
-def test_what_is_there_is_reused_unless_it_differs(tmp_path: Path) -> None:
-    first = make_sample(tmp_path, problems=22, seed=2)
-    assert not first["reused"]
-    written = (tmp_path / "train.jsonl").stat().st_mtime_ns
-    assert make_sample(tmp_path, problems=22, seed=2) == {**first, "reused": True}
-    assert (tmp_path / "train.jsonl").stat().st_mtime_ns == written
-
-    content = (tmp_path / "train.jsonl").read_bytes()
-    (tmp_path / "train.jsonl").write_bytes(content[:-1])
-    assert not make_sample(tmp_path, problems=22, seed=2)["reused"]
-    assert (tmp_path / "train.jsonl").read_bytes() == content
-
-    made_from = json.loads((tmp_path / "manifest.json").read_text())["made_from"]
-    assert finished(tmp_path, made_from) is not None
-    assert finished(tmp_path, {**made_from, "seed": 3}) is None
-    assert finished(tmp_path, {**made_from, "code": "other"}) is None
-    (tmp_path / "manifest.json").write_text("{")
-    assert finished(tmp_path, made_from) is None
-
-
-def test_an_interrupted_run_leaves_nothing_that_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dataset(tmp_path, {"train.jsonl": [{"a": 1}], "validation.jsonl": []}, {"seed": 1}, {})
-    assert finished(tmp_path, {"seed": 1}) is not None
+def test_a_full_disk_leaves_what_was_there(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in again.iterdir()}
 
     def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr("wmtp_ds.data.sample.labelled_rows", lambda sources, **_: ([[] for _ in sources], Report()))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="No space left on device"):
-        write_dataset(tmp_path, {"train.jsonl": [{"a": 2}], "validation.jsonl": []}, {"seed": 2}, {})
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
-    assert (tmp_path / "train.jsonl").read_text() == '{"a": 1}\n'
-    assert finished(tmp_path, {"seed": 1}) is None
-    assert finished(tmp_path, {"seed": 2}) is None
+    with pytest.raises(RunError, match="the disk is full; nothing there counts as finished: free space"):
+        make_sample(again, problems=22)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == before
+    assert [path.name for path in again.parent.iterdir()] == ["sample"]
+
+
+def test_other_data_in_the_folder_stays(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "imported"
+    shutil.copytree(sample, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["made_from"] = {"command": "data import mbpp"}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train.jsonl").write_text("mine")
+    extended = tmp_path / "extended"
+    shutil.copytree(sample, extended)
+    (extended / "notes.txt").write_text("mine")
+    for folder, message in (
+        (other, "holds data of another command (data import mbpp)"),
+        (mine, "has files in it that no import made"),
+        (extended, "notes.txt in it is no file of the import"),
+    ):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(SystemExit) as end:
+            main(["data", "sample", "--output", str(folder), "--problems", "22"])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_too_few_problems_and_a_bad_output_are_user_errors(tmp_path: Path) -> None:
@@ -139,6 +179,7 @@ def test_a_solution_that_fails_is_an_error_of_the_generator(tmp_path: Path, monk
     from wmtp_ds.data import problems
 
     genuine = problems._evaluate
+    monkeypatch.setattr("wmtp_ds.data.sample.SOLUTIONS", 1)
     monkeypatch.setattr(
         "wmtp_ds.data.problems._evaluate", lambda steps, arguments: [genuine(steps, arguments)] if steps else None
     )
@@ -147,15 +188,11 @@ def test_a_solution_that_fails_is_an_error_of_the_generator(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["data", "sample", "--output", str(tmp_path), "--problems", "22", "--seed", "2"]
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--json"])
-    assert end.value.code == 0
-    out, err = capsys.readouterr()
+def test_the_command(made: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    output, out, err = made
     summary = json.loads(out)
     assert "22 of 22 problems" in err
-    assert summary["train"]["rows"] == len(_rows(tmp_path / "train.jsonl"))
+    assert summary["train"]["rows"] == len(_rows(output / "train.jsonl"))
     assert summary["train"]["problems"] + summary["validation"]["problems"] == 22
     assert summary["references"] == 66
     run = summary["mutants"]
@@ -165,7 +202,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert kept == summary["train"]["incorrect"] + summary["validation"]["incorrect"]
 
     with pytest.raises(SystemExit) as end:
-        main(command)
+        main([*COMMAND, "--output", str(output)])
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "holds this data already" in out

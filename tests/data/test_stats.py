@@ -1,6 +1,8 @@
 """`wmtp-ds data stats`: against counts made by reading the batches of a run."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from wmtp_ds.config import load_config
 from wmtp_ds.data.batches import Collator
 from wmtp_ds.data.index import build_index
 from wmtp_ds.data.loader import Ranks, load_packed, load_windows
-from wmtp_ds.data.statistics import PERCENTILES, TokenLengths, spread
+from wmtp_ds.data.statistics import PERCENTILES, TokenLengths, describe_tokens, spread
 from wmtp_ds.data.statistics_plan import plan_run
 from wmtp_ds.data.templates import get_template
 
@@ -115,6 +117,17 @@ def test_problems_with_one_kind_of_rows(tmp_path: Path, capsys: pytest.CaptureFi
     assert (report["problems_without_correct"], report["problems_without_incorrect"]) == (1, 2)
 
 
+def test_the_borders_of_max_length() -> None:
+    lengths = TokenLengths(np.array([0, 1, 0, 3, 4]), np.array([8, 8, 9, 5, 5]), 10)
+    assert lengths.fits.tolist() == [True, True, False, True, True]
+    assert lengths.truncated.tolist() == [False, True, False, False, True]
+    assert lengths.sequences.tolist() == [10, 10, 0, 10, 10]
+    assert lengths.supervised.tolist() == [9, 9, 0, 6, 6]
+    told = describe_tokens(lengths)
+    assert (told["tokens"], told["supervised_tokens"]) == (40, 30)
+    assert (told["sequence"]["min"], told["sequence"]["max"]) == (10, 11)  # before anything is cut
+
+
 def test_what_max_length_does_is_what_the_collator_does(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = report_of(capsys, "--config", "run.toml")["tokens"]
     index = build_index("train.jsonl")
@@ -162,7 +175,13 @@ def test_phases_are_what_training_reads(workspace: Path, capsys: pytest.CaptureF
     assert found["run"]["supervised_tokens_incorrect"] == supervised["incorrect"]
     assert found["run"]["tokens"] == tokens
     assert found["padding"]["unpacked"] == pytest.approx(1 - tokens / places, abs=1e-4)
+    assert found["epochs"] == pytest.approx(len(plan.draws) / 40, abs=1e-4)
     for phase, (start, end) in zip(found["phases"], plan.phases, strict=True):
+        drawn = plan.draws[start:end].tolist()
+        assert phase["distinct_rows"] == len(set(drawn))
+        assert phase["distinct_problems"] == len({index.read_row(i).problem_id for i in drawn})
+        assert phase["correct"] == sum(index.read_row(i).is_correct for i in drawn) == len(drawn) - phase["incorrect"]
+        assert phase["prompts_truncated"] == sum(sum(lengths[i]) + 2 > MAX_LENGTH for i in drawn)
         assert phase["supervised_tokens"] == sum(by_draw[start:end])
         assert sum(of_bin["supervised_tokens"] for of_bin in phase["by_bin"].values()) == phase["supervised_tokens"]
         assert sum(of_bin["draws"] for of_bin in phase["by_bin"].values()) == phase["draws"] == end - start
@@ -177,11 +196,11 @@ def test_phases_are_what_training_reads(workspace: Path, capsys: pytest.CaptureF
 
 def test_a_config_without_a_curriculum_has_one_phase(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = "--config", "run.toml", "--override", "data_sampling.curriculum_learning=false"
-    plan = report_of(capsys, *args)["plan"]
+    plan = report_of(capsys, *args, "--plot", "picture.png")["plan"]
     assert [phase["epoch_range"] for phase in plan["phases"]] == [[0.0, 1.0]]
     assert plan["phases"][0]["supervised_tokens"] == plan["run"]["supervised_tokens"]
     assert "by_bin" not in plan["run"]
-    assert run(*args, "--plot", "picture.png") == 0
+    assert (workspace / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_and_the_picture(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,10 +227,34 @@ def test_the_table_and_the_picture(workspace: Path, capsys: pytest.CaptureFixtur
         (["--config", "run.toml", "--tokenizer", "tokenizer"], "--tokenizer is what the config says"),
         (["--config", "none.toml"], "none.toml"),
         (["train.jsonl", "--tokenizer", "nowhere"], "nowhere"),
+        (["train.jsonl", "--plot", "train.jsonl"], "give a name that ends with .png"),
+        (["train.jsonl", "--plot", "train.jsonl/x.png"], "its folder is a file"),
+        (["train.jsonl", "--plot", "tokenizer.png"], "is a folder: give --plot the name of a file"),
+        (["train.jsonl", "--plot", "link.png"], "is the input"),
     ],
 )
 def test_errors_are_one_message(
     workspace: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
+    (workspace / "tokenizer.png").mkdir()
+    (workspace / "link.png").symlink_to("train.jsonl")
+    before = (workspace / "train.jsonl").read_bytes()
     assert run(*args) == 2
+    assert (workspace / "train.jsonl").read_bytes() == before
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "picture.png").write_text("before")
+
+    def full(figure: Any, path: Path, **options: Any) -> None:
+        path.write_text("half a pic")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert run("train.jsonl", "--plot", "picture.png") == 1
+    assert "picture.png: writing failed: No space left on device" in capsys.readouterr().err
+    assert (workspace / "picture.png").read_text() == "before"
+    assert not list(workspace.glob(".partial-*"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from wmtp_ds.cli.finite import FiniteRange
+
 _SHOWN = 5  # pairs of each kind
 
 
@@ -30,7 +32,7 @@ _SHOWN = 5  # pairs of each kind
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0.3, 1.0),
+    type=FiniteRange(0.3, 1.0),
     default=0.8,
     show_default=True,
     help="Jaccard similarity of near duplicates.",
@@ -45,7 +47,7 @@ _SHOWN = 5  # pairs of each kind
 )
 @click.option(
     "--overlap",
-    type=click.FloatRange(0.0, 1.0),
+    type=FiniteRange(0.0, 1.0),
     default=0.7,
     show_default=True,
     help="Share of an evaluation text's n-grams that makes a row contaminated; 0: a single one does.",
@@ -65,7 +67,12 @@ _SHOWN = 5  # pairs of each kind
     help="What --drop does to rows of the same solution, one of them correct and the other incorrect.",
 )
 @click.option("--drop", is_flag=True, help="Write the file without what was found, to --output.")
-@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="The file that --drop writes.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The file that --drop writes; FILE.report.json, beside it, names what was dropped, and why.",
+)
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--check", is_flag=True, help="Exit with 1 if anything was found.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, with the first 100 pairs of a kind.")
@@ -90,12 +97,15 @@ def dedup(
         raise click.UsageError("--drop and --output FILE go together: what is left is written there.")
     from wmtp_ds.cli.progress import progress
     from wmtp_ds.data.duplicates import DuplicateOptions, find_duplicates
-    from wmtp_ds.data.duplicates_files import check_output, write_kept
+    from wmtp_ds.data.duplicates_files import write_kept
+    from wmtp_ds.data.output_file import check_output, report_path
 
-    if output is not None:
-        check_output(file, output, force=force)
     if split is None and file.name == "train.jsonl" and (beside := file.with_name("validation.jsonl")).is_file():
         split = beside
+    if output is not None:
+        inputs = _inputs(file, against, split)
+        check_output(output, inputs, force=force)
+        check_output(report_path(output), inputs, force=True)
     parts = ("problem", "solution") if what == "both" else (what.removesuffix("s"),)
     began = time.monotonic()
     with progress("comparing rows", "rows") as (start, advance):
@@ -108,13 +118,22 @@ def dedup(
             on_done=advance,
         )
     if output is not None:
-        write_kept(found, output, force=force)
+        compared = {"against": [str(path) for path in against], "split": None if split is None else str(split)}
+        write_kept(found, output, {"file": str(file), **compared, "what": what, **options})
     report = {**found.report, "output": None if output is None else str(output)}
     if as_json:
         click.echo(json.dumps({**report, "seconds": round(time.monotonic() - began, 1)}, indent=2))
     else:
         _tell(report, time.monotonic() - began)
     return 1 if check and found.anything else 0
+
+
+def _inputs(file: Path, against: tuple[Path, ...], split: Path | None) -> list[Path]:
+    """What is read, and must not be replaced."""
+    from wmtp_ds.data.contamination_sources import evaluation_files
+
+    sets = [found for path in against for found, _ in evaluation_files(path)]
+    return [file, *sets, *([] if split is None else [split])]
 
 
 def _tell(report: dict[str, Any], seconds: float) -> None:
@@ -155,7 +174,7 @@ def _tell(report: dict[str, Any], seconds: float) -> None:
         )
     click.echo(f"  without all that: {report['rows_kept']} rows")
     if report["output"] is not None:
-        click.echo(f"wrote {report['output']}")
+        click.echo(f"wrote {report['output']}; {report['output']}.report.json names every dropped row, and why")
 
 
 def _tell_kind(line: str, pairs: list[dict[str, Any]]) -> None:

@@ -2,14 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from wmtp_ds.cli.data_summary import completed, tell_files, tell_runs, tell_skipped
+from wmtp_ds.cli.finite import FiniteRange
 from wmtp_ds.cli.progress import progress, warn_of_weak_sandbox
+from wmtp_ds.errors import UserError
 
 _Command = Callable[..., Any]
 
@@ -44,12 +46,16 @@ def _run(
     what: str,
     unit: str,
     work: Callable[..., dict[str, Any]],
+    inputs: Sequence[Path],
     output: Path,
     as_json: bool,
     *,
     ran_code: bool = False,
 ) -> dict[str, Any] | None:
     """Run an import with its progress, and tell of its files; None where all is told."""
+    for path in inputs:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{path}: lies in {output}, which the import replaces: give --output another folder")
     began = time.monotonic()
     with progress(what, unit) as (start, advance):
 
@@ -97,7 +103,7 @@ def _run(
 @click.option("--max-tests", type=click.IntRange(1), default=100, show_default=True, help="Tests kept of each problem.")
 @click.option(
     "--validation-fraction",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     help="Share of the problems held out where there are no valid-* shards.  [default: 0.1]",
 )
 @_seed("which solutions and tests are kept, and the split")
@@ -126,7 +132,7 @@ def codecontests(
             **callbacks,
         )
 
-    summary = _run("reading problems", "problems", work, output, as_json)
+    summary = _run("reading problems", "problems", work, [source], output, as_json)
     if summary is not None:
         tell_skipped(summary)
 
@@ -139,7 +145,7 @@ def codecontests(
 )
 @click.option(
     "--validation-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Share of the problems held out where there is no validation file.  [default: 0.1]",
 )
 @click.option(
@@ -161,7 +167,8 @@ def mbpp(source: Path, output: Path, as_json: bool, **options: Any) -> None:
     def work(**callbacks: Any) -> dict[str, Any]:
         return import_mbpp(source, output, **options, **callbacks)
 
-    summary = _run("running solutions", "problems", work, output, as_json, ran_code=True)
+    inputs = [path for path in (source, options["validation"]) if path is not None]
+    summary = _run("running solutions", "problems", work, inputs, output, as_json, ran_code=True)
     if summary is not None:
         for name in ("train", "validation"):
             click.echo(f"{name}:")
@@ -183,7 +190,7 @@ def humaneval(source: Path, output: Path, force: bool, as_json: bool) -> None:
     def work(**callbacks: Any) -> dict[str, Any]:
         return import_humaneval(source, output, force=force, **callbacks)
 
-    summary = _run("running solutions", "problems", work, output, as_json, ran_code=True)
+    summary = _run("running solutions", "problems", work, [source], output, as_json, ran_code=True)
     if summary is not None:
         failed = summary["canonical_solutions_failed"]
         total = summary["canonical_solutions"]
@@ -222,7 +229,7 @@ def humaneval(source: Path, output: Path, force: bool, as_json: bool) -> None:
 )
 @click.option(
     "--validation-fraction",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of the problems held out.",
@@ -250,6 +257,6 @@ def jsonl(
     def work(**callbacks: Any) -> dict[str, Any]:
         return import_jsonl(source, output, mapping, **options, **callbacks)
 
-    summary = _run("reading", "bytes", work, output, as_json)
+    summary = _run("reading", "bytes", work, [source], output, as_json)
     if summary is not None:
         tell_skipped(summary)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from wmtp_ds.cli.finite import FiniteRange
+
 _SHOWN = 5  # disagreements, and problems with suspicious tests
 
 
@@ -37,7 +39,7 @@ _OF_RUNNING = (
 @click.option("--workers", type=click.IntRange(min=1), help="Solutions that run at a time.  [default: one a CPU]")
 @click.option(
     "--limit-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=2.0,
     show_default=True,
     help="CPU time of a function's tests together, or of a program's run on one input, where the problem has no limit.",
@@ -52,7 +54,7 @@ _OF_RUNNING = (
 )
 @click.option(
     "--limit-factor",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=2.0,
     show_default=True,
     help="A problem's own limit of time is taken times this.",
@@ -66,7 +68,7 @@ _OF_RUNNING = (
 )
 @click.option(
     "--float-tolerance",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="How far, absolutely or relatively, a program's decimal numbers may be off.",

@@ -50,7 +50,7 @@ def stats(
 
     FILE defaults to the config's dataset.train. Without --config and --tokenizer, lengths are in bytes alone.
     """
-    _check_usage(context, file, config, given)
+    _check_usage(context, file, config, plot, given)
     import numpy as np
 
     from wmtp_ds.data.index import build_index
@@ -71,6 +71,10 @@ def stats(
             "cache_dir": dataset.cache_dir,
         }
     assert file is not None
+    if plot is not None:
+        from wmtp_ds.data.output_file import check_output
+
+        check_output(plot, [file], force=True, option="--plot")
     template = get_template(given["template"] or "alpaca")
     index = build_index(file)
     in_bytes = prompt_bytes(index, template)
@@ -100,7 +104,11 @@ def stats(
         click.echo(f"drew {plot}", err=True)
 
 
-def _check_usage(context: click.Context, file: Path | None, config: Path | None, given: dict[str, Any]) -> None:
+def _check_usage(
+    context: click.Context, file: Path | None, config: Path | None, plot: Path | None, given: dict[str, Any]
+) -> None:
+    if plot is not None and plot.suffix != ".png":
+        raise click.UsageError(f"--plot {plot}: draws a PNG: give a name that ends with .png.")
     if config is None:
         if file is None:
             raise click.UsageError("Name a data FILE, or a --config whose dataset.train is meant.")

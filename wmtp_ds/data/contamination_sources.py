@@ -42,7 +42,7 @@ def read_evaluation(path: Path) -> Iterator[EvaluationText]:
         UserError: there is no such file, nothing to evaluate on in it, or a line that is none of these.
     """
     empty = True
-    for file, marked_only in _files(path):
+    for file, marked_only in evaluation_files(path):
         for where, found in _objects(file):
             if marked_only and found.get("evaluation_only") is not True:
                 continue
@@ -52,7 +52,12 @@ def read_evaluation(path: Path) -> Iterator[EvaluationText]:
         raise UserError(f"{path}: nothing to evaluate on in it: name the file of an evaluation set")
 
 
-def _files(path: Path) -> list[tuple[Path, bool]]:
+def evaluation_files(path: Path) -> list[tuple[Path, bool]]:
+    """The files of an evaluation set, and of each whether only what is marked in it is for evaluation.
+
+    Raises:
+        UserError: a folder that has none.
+    """
     if not path.is_dir():
         return [(path, False)]
     files = [(path / "evaluation.jsonl", False), (path / PROBLEMS, True)]

@@ -9,18 +9,20 @@ same text, that is a conflict.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from wmtp_ds.data.contamination import EvaluationSet, Overlap
 from wmtp_ds.data.contamination_sources import PROBLEM, SOLUTION, EvaluationText, problem_text, read_evaluation
-from wmtp_ds.data.duplicates_near import Duplicate, near_duplicates
-from wmtp_ds.data.duplicates_scan import Scan, problem_shingles, scan, solution_shingles
+from wmtp_ds.data.duplicates_findings import Findings, Reason
+from wmtp_ds.data.duplicates_near import Duplicate, repeats
+from wmtp_ds.data.duplicates_scan import Digests, Scan, problem_shingles, scan, solution_shingles
+from wmtp_ds.data.duplicates_shingles import digest
 from wmtp_ds.data.index import DataIndex, build_index
+from wmtp_ds.errors import UserError
 
 LISTED = 100  # pairs of each kind in the report
 
@@ -44,26 +46,6 @@ class DuplicateOptions:
     overlap: float = 0.7
     parts: tuple[str, ...] = (PROBLEM, SOLUTION)
     conflicts: Literal["keep", "drop"] = "keep"
-
-
-@dataclass(eq=False)
-class Findings:
-    """What was found in a file.
-
-    Attributes:
-        index: of the file.
-        kept: bool [rows], the rows that stay.
-        report: counts and the first pairs, ready for JSON.
-    """
-
-    index: DataIndex
-    kept: npt.NDArray[np.bool_]
-    report: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def anything(self) -> bool:
-        """Whether there is anything to report."""
-        return not self.kept.all() or self.report["conflicts"]["rows"] > 0
 
 
 def find_duplicates(
@@ -90,6 +72,9 @@ def find_duplicates(
         RunError: the data file has changed while it was read.
     """
     index = build_index(source)
+    for path in [*against, *([] if split is None else [split])]:
+        if path.exists() and path.samefile(source):
+            raise UserError(f"{path}: is the data file itself: compare it to another")
     texts = (text for path in against for text in read_evaluation(path))
     evaluation = _evaluation_set(texts, options, options.ngram) if against else None
     split_texts, split_ids = _other_side(split)
@@ -141,15 +126,12 @@ def _other_side(split: Path | None) -> tuple[list[EvaluationText], dict[str, Ove
     return list(texts.values()), ids
 
 
-def _where(index: DataIndex, i: int) -> str:
-    return f"{index.path}:{index.line[i]}"
-
-
 def _contamination(
     findings: Findings, found: Scan, against: Sequence[Path], evaluation: EvaluationSet
 ) -> dict[str, Any]:
     rows = list(found.contaminated)
-    findings.kept[rows] = False
+    for row, (part, overlap) in found.contaminated.items():
+        findings.drop(row, Reason("contamination", f"{part}_{overlap.rule}", overlap.of.where, overlap.similarity))
     index = findings.index
     return {
         "against": [str(path) for path in against],
@@ -159,7 +141,7 @@ def _contamination(
         "evaluation_texts_found": len({overlap.of.where for _, overlap in found.contaminated.values()}),
         "by_rule": Counter(f"{part}_{overlap.rule}" for part, overlap in found.contaminated.values()),
         "pairs": [
-            {"row": _where(index, i), "part": part, **_told(overlap)}
+            {"row": index.where(i), "part": part, **_told(overlap)}
             for i, (part, overlap) in list(found.contaminated.items())[:LISTED]
         ],
     }
@@ -167,7 +149,8 @@ def _contamination(
 
 def _split(findings: Findings, found: Scan, split: Path) -> dict[str, Any]:
     left = {i: overlap for i, overlap in found.in_split.items() if findings.kept[i]}
-    findings.kept[list(left)] = False
+    for row, overlap in left.items():
+        findings.drop(row, Reason("split", overlap.rule, overlap.of.where, overlap.similarity))
     firsts: dict[int, tuple[int, Overlap]] = {}
     for i, overlap in left.items():
         firsts.setdefault(int(found.problem_of_row[i]), (i, overlap))
@@ -176,7 +159,7 @@ def _split(findings: Findings, found: Scan, split: Path) -> dict[str, Any]:
         "rows": len(left),
         "problems": len(firsts),
         "by_rule": Counter(overlap.rule for _, overlap in firsts.values()),
-        "pairs": [{"row": _where(findings.index, i), **_told(o)} for i, o in list(firsts.values())[:LISTED]],
+        "pairs": [{"row": findings.index.where(i), **_told(o)} for i, o in list(firsts.values())[:LISTED]],
     }
 
 
@@ -190,13 +173,17 @@ def _told(overlap: Overlap) -> dict[str, Any]:
 
 
 def _problems(findings: Findings, found: Scan, options: DuplicateOptions) -> dict[str, Any] | None:
-    """Problems that repeat an earlier one of another id. Of one id with several texts, none repeats another."""
+    """Problems that repeat an earlier one of another id. Of one id with several texts, none repeats another.
+
+    Problems without a text, which are told apart by their ids alone, repeat nothing.
+    """
     if PROBLEM not in options.parts:
         return None
     index, firsts = findings.index, found.first_rows
+    nothing = digest("")
     there = np.unique(found.problem_of_row[findings.kept])
-    pairs, repeats = _repeats(
-        there,
+    pairs = repeats(
+        there[[found.problems[problem].tobytes() != nothing for problem in there.tolist()]],
         found.problems,
         np.zeros(len(firsts), np.int64),
         found.problem_signatures,
@@ -204,12 +191,16 @@ def _problems(findings: Findings, found: Scan, options: DuplicateOptions) -> dic
         lambda problem: problem_shingles(index.read_row(int(firsts[problem])), options.shingle),
         owners=index.problem[firsts].astype(np.int64),
     )
-    gone = np.isin(found.problem_of_row, [pair.text for pair in pairs]) & findings.kept
-    findings.kept &= ~gone
+    by_problem = {pair.text: pair for pair in pairs}
+    gone = [int(i) for i in np.flatnonzero(findings.kept) if found.problem_of_row[i] in by_problem]
+    for row in gone:
+        pair = by_problem[int(found.problem_of_row[row])]
+        of = index.where(int(firsts[pair.of]))
+        findings.drop(row, Reason("repeated_problems", _rule(pair, found.problems), of, pair.similarity))
     return {
-        **_counted(pairs, repeats),
-        "rows": int(gone.sum()),
-        "pairs": _listed(index, pairs, repeats, lambda problem: int(firsts[problem])),
+        **_counted(pairs, found.problems),
+        "rows": len(gone),
+        "pairs": _listed(index, pairs, found.problems, lambda problem: int(firsts[problem])),
     }
 
 
@@ -218,7 +209,7 @@ def _solutions(findings: Findings, found: Scan, options: DuplicateOptions) -> di
     if SOLUTION not in options.parts:
         return None
     index = findings.index
-    pairs, repeats = _repeats(
+    pairs = repeats(
         np.flatnonzero(findings.kept),
         found.solutions,
         index.problem.astype(np.int64) * 2 + index.is_correct,
@@ -226,69 +217,38 @@ def _solutions(findings: Findings, found: Scan, options: DuplicateOptions) -> di
         options.threshold,
         lambda row: solution_shingles(index.read_row(row), options.shingle),
     )
-    findings.kept[[pair.text for pair in pairs]] = False
+    for pair in pairs:
+        rule = _rule(pair, found.solutions)
+        findings.drop(pair.text, Reason("repeated_solutions", rule, index.where(pair.of), pair.similarity))
     return {
-        **_counted(pairs, repeats),
+        **_counted(pairs, found.solutions),
         "rows": len(pairs),
         "correct": sum(bool(index.is_correct[pair.text]) for pair in pairs),
-        "pairs": _listed(index, pairs, repeats, lambda row: row),
+        "pairs": _listed(index, pairs, found.solutions, lambda row: row),
     }
 
 
-def _counted(pairs: Sequence[Duplicate], repeats: set[int]) -> dict[str, int]:
-    exactly = sum(1 for pair in pairs if pair.text in repeats)
+def _rule(pair: Duplicate, digests: Digests) -> str:
+    return "exact" if digests[pair.text].tobytes() == digests[pair.of].tobytes() else "near"
+
+
+def _counted(pairs: Sequence[Duplicate], digests: Digests) -> dict[str, int]:
+    exactly = sum(_rule(pair, digests) == "exact" for pair in pairs)
     return {"exact": exactly, "near": len(pairs) - exactly, "groups": len({pair.of for pair in pairs})}
 
 
 def _listed(
-    index: DataIndex, pairs: Sequence[Duplicate], repeats: set[int], row_of: Callable[[int], int]
+    index: DataIndex, pairs: Sequence[Duplicate], digests: Digests, row_of: Callable[[int], int]
 ) -> list[dict[str, Any]]:
     return [
         {
-            "row": _where(index, row_of(pair.text)),
-            "of": _where(index, row_of(pair.of)),
-            "rule": "exact" if pair.text in repeats else "near",
+            "row": index.where(row_of(pair.text)),
+            "of": index.where(row_of(pair.of)),
+            "rule": _rule(pair, digests),
             "similarity": round(pair.similarity, 4),
         }
         for pair in pairs[:LISTED]
     ]
-
-
-def _repeats(
-    members: npt.NDArray[np.int64],
-    digests: npt.NDArray[np.void],
-    groups: npt.NDArray[np.int64],
-    signatures: npt.NDArray[np.uint32],
-    threshold: float,
-    read: Callable[[int], npt.NDArray[np.uint64]],
-    owners: npt.NDArray[np.int64] | None = None,
-) -> tuple[list[Duplicate], set[int]]:
-    """The members that repeat an earlier one of their group, in order; and which of those exactly."""
-    first: dict[tuple[int, bytes], int] = {}
-    exactly, rest = [], []
-    for member in members.tolist():
-        known = first.setdefault((int(groups[member]), digests[member].tobytes()), member)
-        if known == member:
-            rest.append(member)
-        else:
-            exactly.append(Duplicate(member, known, 1.0))
-    places = np.array(rest, np.int64)
-    nearly = near_duplicates(
-        signatures[places],
-        groups[places],
-        threshold,
-        lambda place: read(rest[place]),
-        None if owners is None else owners[places],
-    )
-    named = {rest[pair.text]: Duplicate(rest[pair.text], rest[pair.of], pair.similarity) for pair in nearly}
-    # What repeats a near duplicate exactly repeats what that one repeats.
-    for pair in exactly:
-        of = named.get(pair.of)
-        if of is None:
-            named[pair.text] = pair
-        elif owners is None or owners[pair.text] != owners[of.of]:
-            named[pair.text] = Duplicate(pair.text, of.of, of.similarity)
-    return [named[text] for text in sorted(named)], {pair.text for pair in exactly}
 
 
 def _conflicts(findings: Findings, found: Scan, options: DuplicateOptions) -> dict[str, Any]:
@@ -298,17 +258,19 @@ def _conflicts(findings: Findings, found: Scan, options: DuplicateOptions) -> di
     for i in np.flatnonzero(findings.kept).tolist():
         by_text.setdefault((int(index.problem[i]), found.solutions[i].tobytes()), []).append(i)
     clashing = [rows for rows in by_text.values() if len({bool(index.is_correct[i]) for i in rows}) == 2]
-    rows = sorted(i for clash in clashing for i in clash)
     if options.conflicts == "drop":
-        findings.kept[rows] = False
+        for clash in clashing:
+            for i in clash:
+                other = next(j for j in clash if index.is_correct[j] != index.is_correct[i])
+                findings.drop(i, Reason("conflicts", "exact", index.where(other), 1.0))
     return {
         "solutions": len(clashing),
-        "rows": len(rows),
+        "rows": sum(map(len, clashing)),
         "dropped": options.conflicts == "drop",
         "pairs": [
             {
-                "row": _where(index, next(i for i in clash if not index.is_correct[i])),
-                "of": _where(index, next(i for i in clash if index.is_correct[i])),
+                "row": index.where(next(i for i in clash if not index.is_correct[i])),
+                "of": index.where(next(i for i in clash if index.is_correct[i])),
                 "says": "incorrect, and correct",
             }
             for clash in clashing[:LISTED]

@@ -1,53 +1,44 @@
-"""A data file without its duplicates."""
+"""A data file without its duplicates, and beside it what was dropped and why."""
 
-import contextlib
-import os
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from wmtp_ds.data.duplicates import Findings
-from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.data.dataset_files import sha256_of
+from wmtp_ds.data.duplicates_findings import Findings
+from wmtp_ds.data.output_file import report_path, whole_file
+from wmtp_ds.errors import UserError
 
 
-def write_kept(findings: Findings, output: Path, *, force: bool) -> None:
-    """Write the rows that stay, each line as it is, in the file's order. The name appears when all is on the disk.
+def write_kept(findings: Findings, output: Path, made_from: Mapping[str, Any]) -> None:
+    """Write the rows that stay, each line as it is, in the file's order, and ``OUTPUT.report.json``.
+
+    Each name appears when all is on the disk. The report has the checksum of the output that it is about.
+
+    Args:
+        findings: of the data file.
+        output: the file to write.
+        made_from: the options, for the report.
 
     Raises:
-        UserError: the name is taken and ``force`` is not given, it is the file itself, or no row stays.
+        UserError: no row stays.
         RunError: writing failed.
     """
-    check_output(findings.index.path, output, force=force)
     if not findings.kept.any():
         raise UserError(f"{findings.index.path}: no row would be left: raise --threshold, or compare to other data")
-    partial = output.with_name(f".partial-{output.name}")
-    offsets = findings.index.offset.tolist()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with findings.index.path.open("rb") as source, partial.open("wb") as file:
+    with whole_file(output) as partial:
+        with partial.open("wb") as file:
             for i in np.flatnonzero(findings.kept).tolist():
-                source.seek(offsets[i])
-                file.write(source.readline().rstrip(b"\r\n") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise RunError(f"{output}: writing failed: {error.strerror}; nothing was written") from None
-
-
-def check_output(source: Path, output: Path, *, force: bool) -> None:
-    """Check, before the work, that a file of that name may be written.
-
-    Raises:
-        UserError: it may not; says why.
-    """
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder: give --output the name of a file")
-    if not output.exists():
-        return
-    if source.exists() and output.samefile(source):
-        raise UserError(f"{output}: is the input: give --output another name")
-    if not force:
-        raise UserError(f"{output}: is there already: give another --output, or --force to replace it")
+                file.write(findings.index.read_line(i) + b"\n")
+        record = {
+            "made_from": {"command": "data dedup", "input": findings.index.fingerprint, **made_from},
+            "sha256": sha256_of(partial),
+            "report": findings.report,
+            "dropped": findings.dropped(),
+        }
+        # The report first: beside another output it counts for nothing, as its checksum does not fit.
+        with whole_file(report_path(output)) as report:
+            report.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -29,6 +29,50 @@ class Duplicate(NamedTuple):
     similarity: float
 
 
+def repeats(
+    members: npt.NDArray[np.int64],
+    digests: npt.NDArray[np.void],
+    groups: npt.NDArray[np.int64],
+    signatures: Signatures,
+    threshold: float,
+    read: Callable[[int], Hashes],
+    owners: npt.NDArray[np.int64] | None = None,
+) -> list[Duplicate]:
+    """The members that repeat an earlier one, exactly or nearly, in order.
+
+    Args:
+        members: int64 [members], the texts that are compared, ascending.
+        digests: 16 bytes [texts], the same for the same texts, whose shingles are the same, too.
+        groups: as for `near_duplicates`, like the following, but over all texts.
+        signatures: likewise.
+        threshold: likewise.
+        read: likewise.
+        owners: likewise.
+    """
+    first: dict[tuple[int, bytes], int] = {}
+    copies, rest = [], []
+    for member in members.tolist():
+        # A copy of a text needs no search. Between owners it does: the first may not be one to compare it to.
+        known = member if owners is not None else first.setdefault((groups[member], digests[member].tobytes()), member)
+        if known == member:
+            rest.append(member)
+        else:
+            copies.append((member, known))
+    places = np.array(rest, np.int64)
+    nearly = near_duplicates(
+        signatures[places],
+        groups[places],
+        threshold,
+        lambda place: read(rest[place]),
+        None if owners is None else owners[places],
+    )
+    found = {rest[pair.text]: Duplicate(rest[pair.text], rest[pair.of], pair.similarity) for pair in nearly}
+    for member, known in copies:
+        # What repeats a near duplicate exactly repeats what that one repeats.
+        found[member] = found[known]._replace(text=member) if known in found else Duplicate(member, known, 1.0)
+    return [found[text] for text in sorted(found)]
+
+
 def rows_of_band(threshold: float) -> int:
     """Entries of a band: the most with which at most ``MISSED`` of the pairs at the threshold are no candidates.
 

@@ -79,11 +79,8 @@ class DataIndex:
         Raises:
             RunError: the file has changed since it was indexed.
         """
-        start = int(self.offset[i])
-        end = int(self.offset[i + 1]) if i + 1 < len(self) else self._size
-        line = os.pread(self._descriptor, end - start, start)
         try:
-            row = parse_row(line, self.path, int(self.line[i]))
+            row = parse_row(self._bytes(i), self.path, int(self.line[i]))
         except UserError as error:
             raise self._changed(i) from error
         if (
@@ -94,6 +91,20 @@ class DataIndex:
         ):
             raise self._changed(i)
         return row
+
+    def where(self, i: int) -> str:
+        """File and line of row ``i``, for messages and reports."""
+        return f"{self.path}:{self.line[i]}"
+
+    def read_line(self, i: int) -> bytes:
+        """Row ``i`` as it stands in the file, without its line end."""
+        return self._bytes(i).partition(b"\n")[0].removesuffix(b"\r")
+
+    def _bytes(self, i: int) -> bytes:
+        """Row ``i``, its line end, and blank lines that follow."""
+        start = int(self.offset[i])
+        end = int(self.offset[i + 1]) if i + 1 < len(self) else self._size
+        return os.pread(self._descriptor, end - start, start)
 
     def _changed(self, i: int) -> RunError:
         return RunError(

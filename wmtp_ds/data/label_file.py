@@ -22,6 +22,7 @@ from wmtp_ds.data.label_file_report import Report
 from wmtp_ds.data.label_file_tests import PROBLEMS, ProblemFile, UnusableTestsError, check_tests, problem_of
 from wmtp_ds.data.labels import label
 from wmtp_ds.data.labels_output import Comparison
+from wmtp_ds.data.output_file import report_path
 from wmtp_ds.data.rows import decode_object, parse_row, read_lines
 from wmtp_ds.data.sandbox import Limits, sandbox_kind
 from wmtp_ds.errors import RunError, UserError
@@ -100,7 +101,7 @@ def label_file(
             "version": _VERSION,
             "code": code_version(),
         }
-        reused = _finished(source, output, made_from, force)
+        reused = _finished([source, *([problems] if problems else [])], output, made_from, force)
         if reused is not None:
             return {**reused, "reused": True}
         sandbox_kind()  # where there is none, that shows before anything else
@@ -137,21 +138,16 @@ def _survey(source: Path) -> tuple[int, str]:
     except IsADirectoryError:
         raise UserError(f"{source}: is a folder: give --input a data file, such as {source / 'train.jsonl'}") from None
     except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{source}: cannot be read: {error.strerror}: give --input a data file") from None
     if not total:
-        raise UserError(f"{source}: has no rows")
+        raise UserError(f"{source}: has no rows: give --input a data file, one solution a line")
     return total, digest.hexdigest()
 
 
-def report_path(output: Path) -> Path:
-    """Where the report of a labelled file is."""
-    return output.with_name(f"{output.name}.report.json")
-
-
-def _finished(source: Path, output: Path, made_from: dict[str, Any], force: bool) -> dict[str, Any] | None:
+def _finished(inputs: list[Path], output: Path, made_from: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """The report of a finished output made from exactly this; None if it is to be made."""
-    if output.exists() and output.samefile(source):
-        raise UserError(f"{output}: is the input: give --output another file")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise UserError(f"{output}: is the input, or its tests: give --output another file")
     if output.is_dir():
         raise UserError(f"{output}: is a folder: give --output a file")
     if not output.exists() or force:

@@ -1,5 +1,6 @@
 """What came of the rows that have run, beside the file that is to be, so that the work goes on after a kill."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wmtp_ds.errors import UserError
+from wmtp_ds.errors import RunError, UserError
 
 
 class Journal:
@@ -20,6 +21,10 @@ class Journal:
 
     Attributes:
         entries: how many rows are in it.
+
+    Raises:
+        UserError: it cannot be made, or another process has it.
+        RunError: writing failed.
     """
 
     def __init__(self, output: Path, made_from: Mapping[str, Any]):
@@ -40,13 +45,21 @@ class Journal:
             raise UserError(f"{self._output}: another process is writing it: wait for it, or end it") from None
         except OSError:
             pass  # a file system without locks
-        self._take_up()
+        try:
+            self._take_up()
+        except OSError as error:
+            self._close()
+            raise RunError(f"{self._output}: writing failed: {error.strerror}: mend that, and try again") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # of what could not be written: that was an error before
+            self._file.close()
 
     def _take_up(self) -> None:
         """Keep whole lines up to the first that is damaged."""
@@ -62,6 +75,7 @@ class Journal:
         self._file.truncate(good)
         if not good:
             self._file.write(self._first)
+            self._file.flush()
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Enter what came of the next row."""

@@ -206,16 +206,3 @@ def _rows_of(
         kept += 1
         rows.append(_row(source, mutant.source, label, mutant.operator))
     return rows
-
-
-def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many rows there are: correct, incorrect, by difficulty; and of how many problems."""
-    by_difficulty = Counter(row.get("difficulty", 0) for row in rows)
-    correct = sum(row["is_correct"] for row in rows)
-    return {
-        "rows": len(rows),
-        "problems": len({row["problem_id"] for row in rows}),
-        "correct": correct,
-        "incorrect": len(rows) - correct,
-        "by_difficulty": {str(difficulty): by_difficulty[difficulty] for difficulty in sorted(by_difficulty)},
-    }

@@ -1,12 +1,14 @@
 """The sample data set: generated problems with correct solutions and mutants, every label earned by running."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from wmtp_ds.data.dataset_files import code_version, finished, prepare_folder, write_dataset
-from wmtp_ds.data.labelled_rows import Source, counts, labelled_rows, prompt_input
+from wmtp_ds.data.dataset_files import MANIFEST, code_version, finished
+from wmtp_ds.data.import_folder import ImportFolder, finished_import
+from wmtp_ds.data.labelled_rows import Source, labelled_rows, prompt_input
 from wmtp_ds.data.labels import FunctionTests
 from wmtp_ds.data.problems import DIFFICULTIES, TESTS, Problem, generate_problems
 from wmtp_ds.data.sandbox import Limits
@@ -44,6 +46,15 @@ def _validation_ids(problems: list[Problem], seed: int) -> set[str]:
     return held
 
 
+def _is_sample(output: Path) -> bool:
+    """Whether the folder holds sample data, which is made again where other options or other code ask for it."""
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["made_from"]["command"] == "data sample")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def make_sample(
     output: Path,
     *,
@@ -67,7 +78,7 @@ def make_sample(
         The summary: counts of rows and runs, and ``reused``, whether the files were there.
 
     Raises:
-        UserError: too few problems, or the folder cannot be written.
+        UserError: too few problems, other data in the folder, or it cannot be written.
         RunError: no sandbox works here, writing failed, or a generated solution failed its tests.
     """
     if problems < MIN_PROBLEMS:
@@ -76,32 +87,27 @@ def make_sample(
     manifest = finished(output, made_from)
     if manifest is not None:
         return {**manifest["summary"], "reused": True}
-    prepare_folder(output)
-    generated = generate_problems(problems, seed, solutions=SOLUTIONS)
-    on_start(len(generated))
-    rows, report = labelled_rows(
-        [_source(problem) for problem in generated],
-        mutants_per_problem=SOLUTIONS,
-        seed=seed,
-        limits=LIMITS,
-        groups_per_sandbox=_PROBLEMS_PER_SANDBOX,
-        on_done=on_done,
-    )
-    if report.references_failed:
-        raise RunError(
-            "a generated solution failed its own tests, which is an error of the generator, or a machine too busy "
-            f"to give a solution a quarter of a second: {report.references_failed[0]}"
+    finished_import(output, made_from, force=_is_sample(output))
+    with ImportFolder(output, made_from) as folder:
+        generated = generate_problems(problems, seed, solutions=SOLUTIONS)
+        on_start(len(generated))
+        rows, report = labelled_rows(
+            [_source(problem) for problem in generated],
+            mutants_per_problem=SOLUTIONS,
+            seed=seed,
+            limits=LIMITS,
+            groups_per_sandbox=_PROBLEMS_PER_SANDBOX,
+            on_done=on_done,
         )
-    held = _validation_ids(generated, seed)
-    files: dict[str, list[dict[str, Any]]] = {"train.jsonl": [], "validation.jsonl": []}
-    for of_problem in rows:
-        for row in of_problem:
-            files["validation.jsonl" if row["problem_id"] in held else "train.jsonl"].append(row)
-    summary = {
-        "train": counts(files["train.jsonl"]),
-        "validation": counts(files["validation.jsonl"]),
-        "tests_per_problem": TESTS,
-        **report.as_dict(),
-    }
-    write_dataset(output, files, made_from, summary)
-    return {**summary, "reused": False}
+        if report.references_failed:
+            raise RunError(
+                "a generated solution failed its own tests, which is an error of the generator, or a machine too busy "
+                f"to give a solution a quarter of a second: {report.references_failed[0]}"
+            )
+        held = _validation_ids(generated, seed)
+        for problem, of_problem in zip(generated, rows, strict=True):
+            split = "validation" if problem.problem_id in held else "train"
+            folder.add_problem(split, None)
+            for row in of_problem:
+                folder.add_row(split, row)
+        return folder.publish({"tests_per_problem": TESTS, **report.as_dict()})

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wmtp_ds.errors import RunError
+from wmtp_ds.data.output_file import whole_file
 
 _RIGHT, _WRONG, _NEUTRAL = "tab:green", "tab:red", "tab:blue"
 _BINS = 40
@@ -26,7 +26,7 @@ def plot_statistics(
         rows_per_problem: [problems].
         prompts: lengths [rows], in tokens where the report has any, else in bytes.
         solutions: likewise.
-        picture: the file to write.
+        picture: the file to write; its folder is there.
 
     Raises:
         RunError: it cannot be written.
@@ -60,10 +60,8 @@ def plot_statistics(
         axis.grid(alpha=0.3)
     figure.tight_layout()
     try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=120, format="png")
-    except OSError as error:
-        raise RunError(f"{picture}: the picture cannot be written: {error.strerror}") from None
+        with whole_file(picture) as partial:
+            figure.savefig(partial, dpi=120, format="png")
     finally:
         plt.close(figure)
 
