@@ -251,6 +251,7 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["stage_configs/none.toml"], "none.toml"),
         (["stage_configs/rho1.toml", "--size", "9b"], "9b"),
         (["stage_configs/rho1.toml", "--gpu-memory", "0"], "gpu-memory"),
+        (["stage_configs/rho1.toml", "--gpu-memory", "nan"], "gpu-memory"),
         (["stage_configs/rho1.toml", "--override", "training.batch_size=none"], "training.batch_size"),
         (["stage_configs/rho1.toml", "--override", "deepspeed.config='missing.json'"], "missing.json"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from wmtp_ds.cli.finite import FiniteRange
 from wmtp_ds.launch import MAX_RANKS
 
 SIZES = ("micro", "160m", "1b", "7b")
@@ -32,7 +33,7 @@ def _overrides(given: dict[str, Any]) -> list[str]:
 @click.option("--attention", default="sdpa", show_default=True, help="As transformers names it: sdpa, eager, …")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Default: for 7b alone.")
 @click.option("--k-percent", type=float, help="Share of targets that rho1 selects. Default: the stage's config.")
-@click.option("--peak-tflops", type=click.FloatRange(min=0, min_open=True), help="Of one rank's device, for the MFU.")
+@click.option("--peak-tflops", type=FiniteRange(min=0, min_open=True), help="Of one rank's device, for the MFU.")
 @click.option("--compare-materialised", is_flag=True, help="Run it with all logits in memory, too, and compare.")
 @click.option("--override", multiple=True, metavar="KEY=VALUE", help="Of the stage's config. May be repeated.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Write JSON and CSV there.")

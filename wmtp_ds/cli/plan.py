@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from wmtp_ds.cli.finite import FiniteRange
 from wmtp_ds.config import load_config
 from wmtp_ds.launch import MAX_RANKS
 from wmtp_ds.plan import machine, report
@@ -12,7 +13,6 @@ from wmtp_ds.plan.plan import GIB, Plan
 from wmtp_ds.plan.reading import Sizes, kernels_on, read_setup
 from wmtp_ds.plan.shape import NAMED
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _SIZE = click.Choice(list(NAMED))
 # What a production config is written for, where there is no GPU to ask.
 _GPUS, _GPU_GIB = 4, 80.0
@@ -21,7 +21,7 @@ _GPUS, _GPU_GIB = 4, 80.0
 @click.command(epilog="Example: wmtp-ds plan stage_configs/rho1.toml --num_gpus 4 --gpu-memory 80")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--num_gpus", "--num-gpus", type=click.IntRange(1, MAX_RANKS), help="Default: this machine's, or 4.")
-@click.option("--gpu-memory", type=click.FloatRange(min=0, min_open=True), help="GiB of each. Default: its own, or 80.")
+@click.option("--gpu-memory", type=FiniteRange(min=0, min_open=True), help="GiB of each. Default: its own, or 80.")
 @click.option("--size", type=_SIZE, help="Of the policy. Default: as its folder or its name says.")
 @click.option("--reference-size", type=_SIZE, help="Of the reference model, likewise.")
 @click.option("--reward-size", type=_SIZE, help="Of the reward model, likewise.")
