@@ -198,7 +198,7 @@ def test_no_problem_is_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("none.jsonl", None, "no such file: correct --against"),
         ("bad.jsonl.gz", b"no gzip", "is no complete gzip file"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "is no complete gzip file"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "is no complete gzip file"),
         ("empty.jsonl", b"", "nothing to evaluate on"),
         ("other.jsonl", b'{"a": 1}\n', "other.jsonl:1: has no text of a problem"),
         ("list.jsonl", b"[]\n", "list.jsonl:1: must be a JSON object"),
