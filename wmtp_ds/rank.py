@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from wmtp_ds.errors import UserError
+from wmtp_ds.errors import JointError, UserError
 from wmtp_ds.launch import (
     Place,
     Request,
@@ -109,9 +109,12 @@ def run_rank(work: Callable[[], int]) -> int:
     except UserError as error:
         if not distributed.initialized():
             raise
-        if distributed.is_main() or error.exit_code == 1:
+        is_joint = isinstance(error, JointError)
+        if distributed.is_main() or (error.exit_code == 1 and not is_joint):
             click.echo(f"error: {error}", err=True)
         code = error.exit_code
+        if is_joint:
+            distributed.barrier()  # the first rank to leave ends the others: not before it is said
     except Exception:
         traceback.print_exc()
         code = 1
