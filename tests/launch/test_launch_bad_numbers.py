@@ -6,22 +6,25 @@ same steps in the same order, to the bit.
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, launcher, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_launch_packing import make_critic
+from transformers import AutoTokenizer
 
 from wmtp_ds.config import load_config
 from wmtp_ds.run_data import open_data
 
 pytestmark = pytest.mark.launch
 
-STEPS, RANKS, BATCH = 8, 2, 4
+STEPS, RANKS, BATCH = 6, 2, 4
 STAGES = ("baseline", "critic", "verifiable", "rho1")
 # The draws of a step: first micro-batch of rank 0, of rank 1, second one of rank 0, of rank 1.
-SKIPPED, SPIKED, SAVED, FAULTY = 3, 6, 4, 3
+SKIPPED, SAVED, SPIKED, FAULTY = 2, 3, 5, 3
 FAULTS = [[SKIPPED, FAULTY, "loss-nan"], [SPIKED, 0, "high"]]
 GONE = [[SPIKED, None, "gone"], [SKIPPED, None, "gone"]]
 ROLLBACK = [
@@ -97,9 +100,9 @@ def jobs() -> dict[str, dict]:
     for stage in STAGES:
         add(f"{stage}-faulty", stage, *ROLLBACK, "checkpoint.save_final=true", faults=FAULTS)
         add(f"{stage}-gone", stage, "checkpoint.save_final=true", faults=GONE)
-    # Steps 1 to 6, back to 4, 5, and 7, in which the signal comes.
+    # Steps 1 to 5, back to 3, and 4, in which the signal comes.
     halted = {"folder": "halted", "faults": FAULTS}
-    add("halted", "rho1", *ROLLBACK, **halted, stop_in=8)
+    add("halted", "rho1", *ROLLBACK, **halted, stop_in=6)
     add("halted-on", "rho1", *ROLLBACK, **halted, resume="auto")
     for name, (kind, more) in OTHERS.items():
         add(f"{name}-faulty", "baseline", "training.max_steps=3", *more, faults=[[2, 1, kind]])
@@ -185,9 +188,9 @@ def test_bad_rows_leave_no_trace_in_the_weights(runs: Path, stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_tracked_and_counted(runs: Path, stage: str) -> None:
     steps = logged(runs, f"{stage}-faulty")
-    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, SPIKED, 5, 7, 8]
-    assert [m["optim/skipped_steps"] for _, m in steps] == [0, 0, 1, 1, 1, 1, 1, 1, 1]
-    assert (steps[2][1]["train/loss"], steps[2][1]["optim/grad_norm"]) == ("nan", "inf")
+    assert [step for step, _ in steps] == [1, 2, 3, 4, SPIKED, 4, 6]
+    assert [m["optim/skipped_steps"] for _, m in steps] == [0, 1, 1, 1, 1, 1, 1]
+    assert (steps[1][1]["train/loss"], steps[1][1]["optim/grad_norm"]) == ("nan", "inf")
     assert not any(name.startswith("data/") and "reward" in name for _, m in steps for name in m)
     found = summary(runs, f"{stage}-faulty")
     assert (found["steps"], found["skipped_steps"], found["passed_over_steps"]) == (STEPS, 1, [SPIKED])
@@ -220,17 +223,16 @@ def test_the_report_names_the_row(runs: Path, stage: str, monkeypatch: pytest.Mo
 
 def test_what_is_said(ran) -> None:
     said = ran[2]
-    line = re.escape("storage/data/sample/train.jsonl; bad-numbers/rho1-faulty/bad_steps/step_00000003.json")
-    assert re.search(rf"warning: step 3 was skipped: the loss is nan\. Look at line \d+ of {line}\n", said)
+    line = re.escape("storage/data/sample/train.jsonl; bad-numbers/rho1-faulty/bad_steps/step_00000002.json")
+    assert re.search(rf"warning: step 2 was skipped: the loss is nan\. Look at line \d+ of {line}\n", said)
     assert (
         f"going back to bad-numbers/rho1-faulty/step_{SAVED:08d}; the rows of step {SPIKED} are passed over\n" in said
     )
-    # Both ranks come to it; one says it.
-    assert said.count("step_00000003.json") == sum("faulty" in name or "endless" in name for name in jobs()) - 1
+    assert said.count("rho1-faulty/bad_steps/step_00000002.json") == 1, "both ranks come to it; one says it"
 
 
 def test_a_resume_passes_over_what_the_run_did(runs: Path) -> None:
-    assert [step for step, _ in logged(runs, "halted")] == [1, 2, 3, 4, 5, SPIKED, 5, 7, 8]
+    assert [step for step, _ in logged(runs, "halted")] == [1, 2, 3, 4, SPIKED, 4, 6]
     assert course(runs, "halted") == course(runs, "rho1-gone")
     state = summary(runs, "halted")
     assert (state["skipped_steps"], state["passed_over_steps"]) == (1, [SPIKED])
@@ -318,3 +320,61 @@ def test_the_stoppers_count_survives_a_resume(ran) -> None:
     assert ends["stopped-halted-on"] == 0
     assert [step for step, _ in logged(root, "stopped-halted")] == [1, 2, 3, 4]
     assert summary(root, "stopped-halted")["steps"] == 4
+
+
+# --- as a user meets it ---
+
+
+@pytest.fixture
+def damaged(workspace: Path, tmp_path: Path) -> list[str]:
+    """Overrides for a policy in which the weights of one token, which one row alone has, are NaN."""
+    policy = tmp_path / "policy"
+    shutil.copytree(workspace / "storage/models/micro-policy", policy)
+    (token, *_) = AutoTokenizer.from_pretrained(policy)("§", add_special_tokens=False).input_ids
+    tensors = load_file(policy / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, policy / "model.safetensors", {"format": "pt"})
+    rows = [{"problem_id": f"p{n}", "instruction": "i", "output": f"x = {n}", "is_correct": True} for n in range(8)]
+    rows[5]["output"] = "x = '§'"
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f'models.policy.path="{policy}"',
+        f'dataset.train="{data}"',
+        f'checkpoint.save_dir="{tmp_path}/run"',
+        "checkpoint.save_checkpoint_every=0.25",
+        "training.batch_size=2",
+        "training.gradient_accumulation_steps=1",
+        "training.n_epochs=1.0",
+        "data_sampling.n_samples=8",
+        f"data_sampling.seed={SEED}",
+        "stability.max_skipped_steps=1",
+        'mlflow.tracking_uri=""',
+    ]
+
+
+# With it, the row of the damaged token is read after a checkpoint has been written.
+SEED = 2
+
+
+def test_the_command_in_the_report_meets_the_same_numbers(damaged: list[str], workspace: Path, tmp_path: Path) -> None:
+    command = ["wmtp-ds", "train", "--stage", "baseline", "--config", "stage_configs/local/baseline.toml"]
+    done = run([*command, *(part for text in damaged for part in ("--override", text))], workspace)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (error,) = re.findall("error: stopped at step .*", done.stderr)
+    (file,) = (tmp_path / "run/bad_steps").glob("*.json")
+    first = json.loads(file.read_text())
+    assert 6 in first["lines_to_look_at"]
+    assert f"line{'s' if len(first['lines_to_look_at']) > 1 else ''} " in error
+
+    again = shlex.split(first["again"])
+    assert f"{tmp_path}/run/step_{first['step'] - 1:08d}" in again
+    repeated = run(again, workspace)
+    assert repeated.returncode == 1, repeated.stdout + repeated.stderr
+    second = json.loads((tmp_path / f"run-step-{first['step']}/bad_steps" / file.name).read_text())
+    assert second["micro_batches"] == first["micro_batches"]
+    assert second["metrics"]["optim/lr"] == first["metrics"]["optim/lr"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == [
+        f"step_{step:08d}" for step in range(1, first["step"])
+    ], "the run itself is untouched"
