@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, launcher, run
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from test_launch_packing import make_critic
 from transformers import AutoTokenizer
@@ -129,6 +130,7 @@ def ran(workspace: Path) -> tuple[Path, dict[str, int | str], str]:
     zero = json.loads((REPOSITORY / "ds_configs/zero3_cpu.json").read_text())
     zero["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     (workspace / "offload.json").write_text(json.dumps(zero))
+    MlflowClient(tracking_uri=f"sqlite:///{workspace / 'stopped.db'}").search_experiments()  # makes its tables
     root = workspace / "bad-numbers"
     root.mkdir()
     (root / "jobs.json").write_text(json.dumps(list(jobs().values())))
@@ -297,11 +299,10 @@ def test_an_early_stop_writes_all_that_an_end_writes(ran, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_reason_and_figures_of_an_early_stop_are_tracked(runs: Path, stage: str) -> None:
-    from mlflow import MlflowClient
-
     _, step, reason = STOPPED[stage]
     client = MlflowClient(tracking_uri=f"sqlite:///{runs.parent / 'stopped.db'}")
-    found = client.get_run(summary(runs, f"{stage}-stopped")["mlflow_run_id"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments, f"tags.stage = '{stage}'")
     assert found.info.status == "FINISHED"
     assert found.data.tags["early_stopping/reason"].startswith(reason)
     monitor = {"verifiable": "value_loss", "critic": "value_loss"}.get(stage, "loss")
