@@ -120,6 +120,8 @@ class Engine:
             model=module, config=ds_config | ours, optimizer=torch_optimizer, lr_scheduler=scheduler
         )
         self.sharding = Zero3Sharding(ds_config)
+        self.rescaled = False
+        self._never_raise_for_loss_scale()
 
     @property
     def module(self) -> Any:
@@ -133,7 +135,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were skipped because a gradient was not finite."""
+        """Steps that were skipped because a loss or a gradient was not finite."""
         return int(self._engine.skipped_steps)
 
     @property
@@ -164,11 +166,26 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of this micro-batch's share of the global batch's loss."""
         # DeepSpeed averages over ranks; shares are to be summed. They are of the whole window already.
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        # It skips an update whose gradient is not finite, on all ranks alike, but never looks at the loss, which can be
+        # NaN or infinite while the gradient is finite. 0·loss is 0, or NaN for such a loss: it makes the gradient NaN,
+        # too, and nobody has had to wait for the loss to come to the host.
+        self._engine.backward(loss * (self.world_size + 0 * loss.detach()), scale_wrt_gas=False)
 
     def step(self) -> None:
-        """After each backward; updates the weights when the accumulation window is complete."""
+        """After each backward; updates the weights when the accumulation window is complete.
+
+        The update is skipped, on all ranks, if the loss of any micro-batch or the gradient is not finite; the learning
+        rate stays where it is then. ``rescaled`` is True if that is only because float16's loss scale was too large:
+        it is lowered, as long as it can be.
+        """
+        scaler = self._engine.optimizer.loss_scaler
+        can_be_lowered = scaler.dynamic and scaler.cur_scale > scaler.min_scale
         self._engine.step()
+        self.rescaled = can_be_lowered and self._engine.optimizer.overflow
+
+    def _never_raise_for_loss_scale(self) -> None:
+        # At its smallest, the loss scale is not what is wrong: whoever counts bad steps ends the run, and says why.
+        self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def full_value(self, parameter: nn.Parameter) -> Tensor:
         """A trained parameter's float32 master, whole, on every rank (all must call)."""
@@ -203,6 +220,7 @@ class Engine:
                 f"checkpoint {folder / tag} does not fit this run's model: {' '.join(str(error).split())[:400]}. "
                 "Resume with the policy and value head that it was made with."
             ) from error
+        self._never_raise_for_loss_scale()  # the scaler is the checkpoint's now
         if path is None or "wmtp" not in client_state:
             raise RunError(f"checkpoint {folder / tag} could not be loaded; resume from another one (--resume PATH).")
         state: dict[str, Any] = client_state["wmtp"]

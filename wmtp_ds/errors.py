@@ -14,3 +14,7 @@ class RunError(UserError):
     """A failure at run time that the user can act on (a full disk, a damaged checkpoint): exit code 1."""
 
     exit_code = 1
+
+
+class JointError(RunError):
+    """A failure at run time that every rank raises at the same moment: rank 0 alone says it."""

@@ -16,9 +16,11 @@ class WindowMetrics:
     def __init__(self) -> None:
         self._shares: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
+        self.losses: list[Tensor] = []  # of each micro-batch, for when one of them is not finite
 
     def add(self, output: Output) -> None:
         """A micro-batch's output; nothing waits for the device."""
+        self.losses.append(output.loss.detach())
         shares = output.shares | {"train/loss": output.loss.detach()}
         for name, share in shares.items():
             share = share.detach().double()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from wmtp_ds.errors import UserError
+from wmtp_ds.errors import JointError, UserError
 from wmtp_ds.launch import (
     Place,
     Request,
@@ -138,8 +138,11 @@ def _say(error: Exception) -> int:
     if not isinstance(error, UserError):
         traceback.print_exception(error)
         return 1
-    if distributed.is_main() or error.exit_code == 1:
+    is_joint = isinstance(error, JointError)
+    if distributed.is_main() or (error.exit_code == 1 and not is_joint):
         click.echo(f"error: {error}", err=True)
+    if is_joint:
+        distributed.barrier()  # the first rank to leave ends the others: not before it is said
     return error.exit_code
 
 

@@ -1,13 +1,16 @@
 """One stage, from config to checkpoint: the loop that all stages share."""
 
+import math
 import random
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from wmtp_ds import distributed, engine
 from wmtp_ds.assembly import (
@@ -26,6 +29,7 @@ from wmtp_ds.early_stopping import EarlyStopping
 from wmtp_ds.errors import RunError
 from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
+from wmtp_ds.guard import Guard
 from wmtp_ds.launch import resolve_device
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.models.loading import load_policy
@@ -57,7 +61,8 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
 
     Raises:
         UserError: for what the user can mend, before the process group forms where it can be known then.
-        RunError: if a checkpoint or an export cannot be written, or memory runs out.
+        RunError: if a checkpoint or an export cannot be written, memory runs out, or numbers stay bad (the config's
+            table stability).
     """
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), resume)
     changes = check_resume(resolved, resume)
@@ -123,6 +128,7 @@ class Training:
             folder.root, limit=config.checkpoint.save_total_limit, exclude_frozen=not self.stage.trains_policy
         )
         self.stopper = EarlyStopping(config.early_stopping)
+        self.guard = Guard(folder.root, resolved, data, self.display.say)
         self.progress = Progress()
         self.validation_batches = data.validation_batches(distributed.rank(), distributed.world_size())
         self.validation: dict[str, float] = {}
@@ -167,10 +173,15 @@ class Training:
         training = self.config.training
         if self.progress.stopped:
             return 0
-        windows = self.data.windows(self.progress.step, distributed.rank(), distributed.world_size())
-        stack.callback(windows.close)
-        for window, waited in timed(windows):
-            signal = self.take_step(window, interruption.signal, waited)
+        windows = stack.enter_context(closing(self._windows()))
+        for window, waited in windows:
+            if self.guard.passes_over(self.progress.step + 1):
+                self.progress.step, signal = self.progress.step + 1, 0
+            else:
+                signal = self.take_step(window, interruption.signal, waited)
+            if self.guard.rollback is not None:
+                self._roll_back(self.guard.rollback)
+                continue
             step, ending = self.progress.step, self._is_ending
             if ending or step % training.eval_interval == 0:
                 self._evaluate()
@@ -180,12 +191,23 @@ class Training:
                 return 0 if ending else signal
         return 0
 
+    def _windows(self) -> Generator[tuple[list[Batch], float], None, None]:
+        """The window of each step, and the wait for it: from where the run is, also after a rollback."""
+        rank, world_size = distributed.rank(), distributed.world_size()
+        while (step := self.progress.step) < self.data.total_steps:
+            with closing(self.data.windows(step, rank, world_size)) as windows:
+                for window, waited in timed(windows):
+                    step += 1
+                    yield window, waited
+                    if self.progress.step != step:
+                        break
+
     @property
     def _is_ending(self) -> bool:
         return self.progress.stopped or self.progress.step == self.data.total_steps
 
     def take_step(self, window: list[Batch], signal: int = 0, waited: float = 0.0) -> int:
-        """One optimizer step over this rank's micro-batches, accounted for, shown and tracked.
+        """One optimizer step over this rank's micro-batches, accounted for, shown, tracked and watched.
 
         ``wmtp-ds bench step`` measures this function.
 
@@ -198,16 +220,22 @@ class Training:
             The largest ``signal`` of any rank.
         """
         began = time.monotonic()
-        metrics, signal = self._step(window, signal, waited)
+        metrics, losses, signal = self._step(window, signal, waited)
         step = self._advance(metrics, waited + time.monotonic() - began)
-        log = self._is_ending or step == 1 or step % self.config.training.log_interval == 0
+        log = (
+            self._is_ending
+            or step == 1
+            or step % self.config.training.log_interval == 0
+            or self.guard.verdict != "sound"
+        )
         self.display.step(step, metrics, log)
         if self.tracker is not None and log:
             self.tracker.log(step, metrics | {"perf/mem_gib": memory_gib(self.device)})
+        self.guard.answer(step, metrics, window, losses)
         return signal
 
-    def _step(self, window: list[Batch], signal: int, waited: float) -> tuple[dict[str, float], int]:
-        """One optimizer step over this rank's micro-batches: metrics of the global batch, and any rank's signal."""
+    def _step(self, window: list[Batch], signal: int, waited: float) -> tuple[dict[str, float], list[Tensor], int]:
+        """One optimizer step: metrics of the global batch, this rank's losses one by one, and any rank's signal."""
         window = [batch.to(self.device, non_blocking=True) for batch in window]
         totals = self.count(window)
         learning_rate = self.engine.learning_rate
@@ -219,9 +247,11 @@ class Training:
             self.engine.step()
             collected.add(output)
         same = {"optim/grad_norm": self.engine.grad_norm, "perf/tokens": totals.tokens, "data/places": totals.places}
-        metrics, signal = collected.reduce(signal, same, {"perf/data_wait": waited})
+        largest = {"perf/data_wait": waited} | self.guard.extremes(window)
+        metrics, signal = collected.reduce(signal, same, largest)
         metrics["optim/lr"] = learning_rate
-        return metrics, signal
+        metrics["optim/skipped_steps"] = self.engine.skipped_steps
+        return metrics, collected.losses, signal
 
     def count(self, window: list[Batch]) -> Totals:
         """What losses are divided by, over all ranks and micro-batches, known before the first backward."""
@@ -243,13 +273,14 @@ class Training:
         tokens, places = metrics.pop("perf/tokens"), metrics.pop("data/places")
         progress.tokens += tokens
         progress.places += places
-        progress.last_loss = metrics["train/loss"]
-        if progress.step == 1:
-            progress.first_loss = metrics["train/loss"]
+        if math.isfinite(loss := metrics["train/loss"]):
+            progress.last_loss = loss
+            progress.first_loss = loss if math.isnan(progress.first_loss) else progress.first_loss
         metrics["perf/step_time"] = seconds
         metrics["perf/tokens_per_s"] = progress.tokens / progress.seconds
         metrics["perf/data_wait"] = progress.waited / progress.seconds
         metrics["data/padding"] = 1 - tokens / places
+        self.guard.judge(metrics, rescaled=self.engine.rescaled)
         progress.stopped = self._should_stop(metrics)
         return progress.step
 
@@ -257,10 +288,12 @@ class Training:
         """Rank 0 decides and tells the others, so that none runs on alone."""
         if not self.config.early_stopping.enabled:
             return False
-        seen = {"loss": metrics["train/loss"], "grad_norm": metrics["optim/grad_norm"]}
+        seen = {"loss": metrics["train/loss"]}
+        if not self.engine.rescaled:  # while float16's loss scale is found, gradients overflow that are small
+            seen["grad_norm"] = metrics["optim/grad_norm"]
         if "train/value_loss" in metrics:
             seen["value_loss"] = metrics["train/value_loss"]
-        if "value/std" in metrics and not self.stage.trains_policy:
+        if "value/std" in metrics and self.config.training.bounds_value_variance:
             seen["value_variance"] = metrics["value/std"] ** 2
         stop: bool = distributed.broadcast_object(self.stopper.should_stop(seen) if self.main else None)
         return stop
@@ -298,6 +331,7 @@ class Training:
     def _save(self) -> None:
         state = {
             "progress": asdict(self.progress),
+            "guard": self.guard.state_dict(),
             "stopper": distributed.broadcast_object(self.stopper.state_dict()),
             "run_id": distributed.broadcast_object(None if self.tracker is None else self.tracker.run_id),
             "validation": self.validation,
@@ -305,7 +339,8 @@ class Training:
         }
         if self.device.type == "cuda":
             state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        self.checkpoints.save(self.engine, self.progress.step, state, {"config.toml": self.resolved.toml()})
+        files = {"config.toml": self.resolved.toml()}
+        self.guard.came_by(self.checkpoints.save(self.engine, self.progress.step, state, files))
 
     def _restore(self, source: Path) -> str | None:
         """Go on from a checkpoint; returns the id of its tracked run."""
@@ -314,6 +349,8 @@ class Training:
         # A run that had stopped early goes on if the conditions are others now.
         self.progress.stopped &= same_table(source, self.resolved, "early_stopping")
         self.stopper.load_state_dict(state["stopper"])
+        self.guard.load_state_dict(state["guard"])
+        self.guard.came_by(source)
         self.validation = state["validation"]
         random.setstate(state["random"]["python"])
         torch.set_rng_state(state["random"]["torch"])
@@ -322,6 +359,12 @@ class Training:
         self.display.say(f"resumed from {source} at step {self.progress.step} of {self.data.total_steps}")
         run_id: str | None = state["run_id"]
         return run_id
+
+    def _roll_back(self, source: Path) -> None:
+        """Be again what the run was when it wrote a checkpoint, but for what is not to be repeated."""
+        best = self.progress.best
+        self._restore(source)
+        self.progress.best = min(best, self.progress.best)  # its export is there already
 
     # --- beginning and end ---
 
@@ -396,6 +439,8 @@ class Training:
             padding=1 - progress.tokens / max(progress.places, 1.0),
             config_hash=self.resolved.hash(),
             mlflow_run_id=self.tracker.wait_for_run_id(),
+            skipped_steps=self.engine.skipped_steps,
+            passed_over_steps=self.guard.passed_over,
             truncated_prompts=self.data.collator.truncated,
             **self.validation,
         )

@@ -300,6 +300,13 @@ CASES = {
         at="variance_min",
         stage="critic",
     ),
+    "every loss a spike": Case(
+        "stability.spike_factor",
+        "is 1.0: every loss above the median, or every loss, would be a spike",
+        append="[stability]\nspike_factor = 1.0\n",
+        at="spike_factor",
+        mend="0.0 for off",
+    ),
     "difficulties upside down": Case(
         "data_sampling.difficulty_range",
         "ends at 1, before it begins at 5",
@@ -563,6 +570,25 @@ def test_overlaps_and_unnormalised_weights_are_warnings(workspace):
     assert second.key == "data_sampling.curriculum_schedule[1].difficulty_weights"
     assert "sum to 2, not to 1" in second.message
     assert "low = 0.75, high = 0.25" in second.message
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "message"),
+    [
+        ("", "stability.spike_factor", "nothing is a spike"),
+        (
+            "spike_factor = 3.0\n[checkpoint]\nsave_checkpoint_every = 0\n",
+            "checkpoint.save_checkpoint_every",
+            "go back",
+        ),
+        ("spike_factor = 3.0\n", None, ""),
+    ],
+)
+def test_a_rollback_that_cannot_be_is_a_warning(workspace, more, key, message):
+    workspace.write_config("baseline", append=f'[stability]\non_spike = "rollback"\n{more}')
+    warnings = workspace.load().warnings
+    assert [warning.key for warning in warnings] == ([key] if key else [])
+    assert all(message in warning.message for warning in warnings)
 
 
 def test_a_dtype_without_mixed_precision_is_a_warning(workspace):

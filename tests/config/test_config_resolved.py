@@ -1,11 +1,14 @@
 """What a resolved configuration gives to others: flat values, TOML, a hash, DeepSpeed's JSON."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from wmtp_ds.config import ConfigError, load_config
+from wmtp_ds.config.keys import all_keys, parse_key, stages_with
+from wmtp_ds.config.layers import schema_defaults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("baseline", "critic", "verifiable", "rho1")
@@ -231,3 +234,18 @@ def test_shipped_deepspeed_files_pass_their_checks(workspace, name):
     workspace.write("ds/zero3.json", (REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     workspace.write_config("baseline")
     assert workspace.load().deepspeed(2)["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("table", ["early_stopping", "stability"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_production_configs_name_every_key_of_what_ends_a_run(stage, table):
+    """Those that are off unless given stand there as comments, where the stage may give them."""
+    text = (REPOSITORY / "stage_configs" / f"{stage}.toml").read_text()
+    block = text.split(f"[{table}]\n")[1].split("\n[")[0]
+    named = re.findall(r"^(?:# )?(\w+) = ", block, re.MULTILINE)
+    assert named == [key.partition(".")[2] for key in all_keys() if key.startswith(f"{table}.") and may_set(stage, key)]
+    assert tomllib.loads(text)[table] == schema_defaults(stage)[table], "what is not written means the same"
+
+
+def may_set(stage, key):
+    return stage in stages_with(parse_key(key))

@@ -17,6 +17,7 @@ from wmtp_ds.config.schema import (
     RewardConfig,
     RunConfig,
     RuntimeConfig,
+    StabilityConfig,
     ValueHeadConfig,
 )
 from wmtp_ds.config.training import (
@@ -50,6 +51,7 @@ __all__ = [
     "Rho1Training",
     "RunConfig",
     "RuntimeConfig",
+    "StabilityConfig",
     "TrainingConfig",
     "ValueHeadConfig",
     "VerifiableTraining",

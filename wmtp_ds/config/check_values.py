@@ -195,6 +195,26 @@ def check_monitor(context: Context) -> None:
         context.report(key, message, 'use "loss"')
 
 
+def check_stability(context: Context) -> None:
+    """What counts as a spike is above the median, and a rollback has something to go back to."""
+    key = "stability.spike_factor"
+    factor = context.get(key)
+    if factor is None:
+        return
+    if 0 < factor <= 1:
+        message = f"is {factor}: every loss above the median, or every loss, would be a spike"
+        context.report(key, message, "give a factor above 1, as in 3.0, or 0.0 for off")
+    if context.get("stability.on_spike") == "rollback":
+        every = "checkpoint.save_checkpoint_every"
+        if factor == 0:
+            where = context.origin("stability.on_spike")
+            message = f'is 0.0, so nothing is a spike, and stability.on_spike = "rollback" ({where}) has no effect'
+            context.warn(key, message, "give a factor above 1, as in 3.0")
+        elif context.get(every) == 0:
+            message = 'is 0, so stability.on_spike = "rollback" has no checkpoint to go back to'
+            context.warn(every, message, "give the epochs between two checkpoints")
+
+
 def check_tracking(context: Context) -> None:
     """The tracking URI is one that MLflow will open."""
     key = "mlflow.tracking_uri"
@@ -230,5 +250,6 @@ VALUE_CHECKS: tuple[Check, ...] = (
     check_reward,
     check_precision,
     check_monitor,
+    check_stability,
     check_tracking,
 )

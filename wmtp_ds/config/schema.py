@@ -159,6 +159,22 @@ class EarlyStoppingConfig(Table):
     )
 
 
+class StabilityConfig(Table):
+    """``[stability]``: what happens when numbers go bad."""
+
+    max_skipped_steps: int = Field(
+        default=5, ge=0, description="steps in a row without finite loss and gradient that stop the run; 0: never"
+    )
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="a loss above this many times the running median is a spike; 0: none is"
+    )
+    spike_window: int = Field(default=50, ge=2, description="losses of which the median is taken")
+    on_spike: Literal["warn", "rollback"] = Field(
+        default="warn", description="what a spike leads to: a line, or going back to the last checkpoint"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks; the spike after the last one stops the run")
+
+
 class CheckpointConfig(Table):
     """``[checkpoint]``: what is saved, where and how often."""
 
@@ -240,6 +256,7 @@ class RunConfig(BaseSettings):
     training: TrainingConfig
     value_head: ValueHeadConfig = ValueHeadConfig()  # only stages with a value head read it
     early_stopping: EarlyStoppingConfig
+    stability: StabilityConfig
     checkpoint: CheckpointConfig
     runtime: RuntimeConfig
     deepspeed: DeepSpeedConfig
