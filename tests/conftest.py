@@ -2,14 +2,19 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others; torch would take all of them
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # which shares this machine with other workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch would take all cores
+    # What tests leave behind is looked for in a folder of the worker's own; sandboxes run in it as other users.
+    _own = tempfile.TemporaryDirectory(prefix="tests-")
+    Path(_own.name).chmod(0o1777)
+    os.environ["TMPDIR"] = tempfile.tempdir = _own.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
