@@ -456,6 +456,27 @@ def test_source_and_destination_do_not_lie_in_each_other(convert, tmp_path):
     assert "config.json" in names(source)
 
 
+@pytest.mark.parametrize(
+    ("destination", "message"),
+    [
+        (".", r"^\. cannot be made anew\. Name the model's own folder"),
+        ("..", r"^\.\. cannot be made anew"),
+        ("a/..", r"a/\.\. cannot be made anew"),
+        ("x" * 252, r"File name too long.*Name another destination"),
+        ("loop", r"Symlink loop.*Name another destination"),
+    ],
+)
+def test_destinations_that_are_no_name(convert, tmp_path, monkeypatch, destination, message):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    for force in (False, True):
+        with pytest.raises(UserError, match=message):
+            import_model(tmp_path / "source", Path(destination), force=force)
+    assert names(tmp_path) == ["here", "source"]
+    assert names(tmp_path / "here") == ["loop"]
+
+
 def test_folders_on_the_way_are_made(convert, tmp_path):
     import_model(tmp_path / "source", tmp_path / "a" / "b" / "policy")
     assert names(tmp_path / "a" / "b") == ["policy"]

@@ -415,6 +415,7 @@ def remove(*files: str):
     return lambda folder: [(folder / file).unlink() for file in files]
 
 
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
 LAST = "model.layers.2.mlp.up_proj.weight"
 FAULTS: dict[str, tuple[Any, str]] = {
     "mistral": (
@@ -460,6 +461,14 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "integers": (put(LAST, torch.ones(96, 64, dtype=torch.int8)), f"{LAST} is stored as I8: quantised"),
     "NaN": (put(LAST, torch.full((96, 64), torch.nan)), rf"model\.safetensors: {LAST} holds NaN: the weights are dam"),
     "infinity": (put("model.norm.weight", torch.full((64,), -torch.inf)), "holds infinity"),
+    "tied embeddings that are single numbers": (
+        lambda folder: (
+            config(tie_word_embeddings=True)(folder),
+            rewrite(folder, lambda state: state.update({name: torch.tensor(1.0) for name in TIED})),
+        ),
+        r"embed_tokens\.weight has shape \[\], but .* asks for \[384, 64\]",
+    ),
+    "architectures of a number": (config(architectures=3), r"architectures is 3, which predicts no tokens"),
     "no tokenizer": (remove("tokenizer.json"), "has no tokenizer"),
     "a tokenizer cut": (write("tokenizer.json", '{"model": {'), r"tokenizer\.json cannot be read"),
     "a tokenizer without words": (write("tokenizer.json", "{}"), r"tokenizer\.json holds no vocabulary"),

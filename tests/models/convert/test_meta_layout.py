@@ -16,7 +16,7 @@ from wmtp_ds.errors import UserError
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.convert.exporting import export_model
 from wmtp_ds.models.convert.importing import import_model
-from wmtp_ds.models.convert.meta import feed_forward_size, tensor_names
+from wmtp_ds.models.convert.meta import feed_forward_size, fields_of, tensor_names
 from wmtp_ds.models.convert.torch_files import TorchFile
 from wmtp_ds.models.fingerprint import compute_trunk_fingerprint, read_trunk_fingerprint
 from wmtp_ds.models.loading import load_policy, load_tokenizer, save_weights
@@ -200,6 +200,23 @@ def test_any_release(make_release, tmp_path_factory, data):
     check(folder, state, root / "policy")
     export_model(root / "policy", root / "back", format="meta")
     assert_same_release(folder, root / "back")
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(2048, 32.0), (3072, 32.0), (4096, 8.0), (8192, 8.0), (16384, 8.0)])
+def test_the_rotary_factor_of_each_generation(dim, factor):
+    """Of the published config.json of Llama 3.1 and 3.2; params.json does not tell them apart but by their sizes."""
+    params = {"dim": dim, "n_layers": 2, "n_heads": 32, "rope_theta": 500000.0, "use_scaled_rope": True}
+    rope = fields_of(params, 1, 128256, 8192)["rope_parameters"]
+    assert rope == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    said = fields_of(params | {"rope_scaling_factor": 16}, 1, 128256, 8192)["rope_parameters"]
+    assert said["factor"] == 16.0
 
 
 def test_a_head_is_not_another(make_release, tmp_path):
@@ -511,6 +528,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         put("layers.0.attention.wo.weight", torch.ones(64)),
         "not a tensor of 2 dimensions",
     ),
+    "a number beyond all": (
+        put(f"layers.{'9' * 5000}.ffn_norm.weight", torch.ones(64)),
+        r"hold layers\.9+\.ffn_norm\.weight, which no model",
+    ),
     "a single number": (put("output.weight", torch.tensor(1.0)), r"output\.weight is a single number, no weights"),
     "embeddings of a single number": (
         put("tok_embeddings.weight", torch.tensor(1.0)),
@@ -567,6 +588,11 @@ def test_faults_of_shards(make_release, tmp_path):
     folder, _ = make_release("d", ranks=2)
     rewrite(folder, lambda state: state.pop("layers.1.ffn_norm.weight"), "consolidated.01.pth")
     with pytest.raises(UserError, match=r"consolidated\.01\.pth lacks the tensor layers\.1\.ffn_norm\.weight"):
+        import_model(folder, tmp_path / "policy")
+    folder, _ = make_release("f", ranks=2)
+    old = folder / "consolidated.01.pth"
+    torch.save(torch.load(old, weights_only=True), old, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"consolidated\.01\.pth is of torch's file format before 1\.6.*Save it anew"):
         import_model(folder, tmp_path / "policy")
     folder, _ = make_release("e", ranks=2)
     wide = torch.ones(32, 65)
