@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.convert.importing import import_model
-from wmtp_ds.models.fingerprint import compute_trunk_fingerprint, read_trunk_fingerprint, stored_tensors
+from wmtp_ds.models.fingerprint import compute_trunk_fingerprint, numbers_of, read_trunk_fingerprint, stored_tensors
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -139,7 +139,7 @@ def test_pickled_weights(make_llama, tmp_path, parts, tied):
     check(source, tmp_path / "policy")
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_llama(make_llama, tmp_path_factory, data):
     root = tmp_path_factory.mktemp("any")
@@ -186,6 +186,7 @@ def test_the_number_of_heads(make_llama, tmp_path, n_future):
     source = make_llama()
     import_model(source, tmp_path / "policy", n_future=n_future)
     check(source, tmp_path / "policy", heads=n_future or 4)
+    assert numbers_of(stored_tensors(tmp_path / "policy"), "mtp_heads") == set(range((n_future or 4) - 1))
     assert json.loads((tmp_path / "policy/config.json").read_text())["n_future_tokens"] == (n_future or 4)
 
 

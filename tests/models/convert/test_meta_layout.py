@@ -176,7 +176,7 @@ def test_model_parallel_shards(make_release, tmp_path, ranks, axis):
     check(folder, state, tmp_path / "policy")
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_release(make_release, tmp_path_factory, data):
     keys = data.draw(st.sampled_from([2, 4]))
@@ -320,7 +320,7 @@ def test_a_release_becomes_another_at_once(make_release, tmp_path):
 
 def test_a_policy_that_never_was_metas(make_llama, tmp_path):
     """params.json is made of its config, and Meta's forward computes the same."""
-    for number, size in enumerate((96, 171, 176, 250, 512)):
+    for number, size in enumerate((96, 171, 512)):
         folder = make_llama(f"source{number}", intermediate_size=size, seed=number, rope_theta=5000.0)
         import_model(folder, tmp_path / f"policy{number}", heads="random", n_future=3)
         done = export_model(tmp_path / f"policy{number}", tmp_path / f"meta{number}", format="meta")
