@@ -399,6 +399,27 @@ def test_params_that_no_longer_hold_are_made_anew(make_release, tmp_path):
     }
 
 
+def test_another_rotary_makes_params_anew(make_release, tmp_path):
+    folder, _ = make_release()
+    import_model(folder, tmp_path / "policy")
+    rope = {"rope_type": "default", "rope_theta": 700.0}
+    edit(tmp_path / "policy" / "config.json", rope_theta=700.0, rope_parameters=rope)
+    export_model(tmp_path / "policy", tmp_path / "back", format="meta")
+    assert json.loads((tmp_path / "back/params.json").read_text())["rope_theta"] == 700.0
+
+
+def test_rows_that_cannot_be_divided_among_the_files(make_release, tmp_path):
+    folder, _ = make_release(ranks=2)
+    import_model(folder, tmp_path / "policy")
+    edit(tmp_path / "policy" / "config.json", vocab_size=VOCABULARY + 1)
+    row = torch.ones(1, 64)
+    wider = {"model.embed_tokens.weight", "lm_head.weight"}
+    rewrite(tmp_path / "policy", lambda state: state.update({name: torch.cat([state[name], row]) for name in wider}))
+    with pytest.raises(UserError, match=r"lm_head\.weight of shape \[385, 64\] cannot be divided among 2 files"):
+        export_model(tmp_path / "policy", tmp_path / "back", format="meta")
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize(
     "kept",
     [
