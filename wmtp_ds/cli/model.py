@@ -200,7 +200,7 @@ def _conversion() -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     from wmtp_ds.models.convert.deliver import Progress
 
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _quiet(), Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing and comparing", total=None)
         done = total = 0
 
@@ -217,6 +217,19 @@ def _conversion() -> Iterator[Any]:
                 click.echo(f"written and compared: {done * 100 // total} %", err=True)
 
         yield Progress(start, advance)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers logs nothing: what matters of it is an error or a warning of ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _tell(done: Any, source: Path, as_json: bool) -> None:

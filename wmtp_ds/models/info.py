@@ -108,14 +108,18 @@ def model_info(path: Path) -> ModelInfo:
     blocks = len(numbers_of(shapes, "model.layers"))
     if not blocks:
         raise UserError(f"{path}: its weights are no Llama's: there is no model.layers.0.")
+    heads = len(numbers_of(shapes, "mtp_heads")) + 1
+    for key, held in (("num_hidden_layers", blocks), ("n_future_tokens", heads)):
+        if fields.get(key) not in (None, held):
+            raise UserError(f"{path}: config says {key} = {fields[key]!r}, but the weights are of {held}. Correct it.")
     dtypes: Counter[str] = Counter()
     for dtype, shape in header.tensors.values():
         dtypes[dtype] += math.prod(shape)
     return ModelInfo(
         path=str(path),
         layout="mtp" if layout == "huggingface" and fields.get("n_future_tokens") is not None else layout,
-        architecture=", ".join(map(str, fields.get("architectures") or ["LlamaForCausalLM"])),
-        n_future_tokens=len(numbers_of(shapes, "mtp_heads")) + 1,
+        architecture=_architecture(fields),
+        n_future_tokens=heads,
         trunk_blocks=blocks - 1,
         hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"],
@@ -197,9 +201,15 @@ def _meta(folder: Path) -> _Header:
     return _Header(source.fields, tensors, nbytes, files, source)
 
 
+def _architecture(fields: dict[str, Any]) -> str:
+    said = fields.get("architectures") or "LlamaForCausalLM"
+    return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
+
+
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling, wherever this version of transformers or an older one keeps them."""
-    found = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
+    said = fields.get("rope_scaling") or fields.get("rope_parameters")
+    found = dict(said) if isinstance(said, dict) else {}
     found.setdefault("rope_type", found.pop("type", "default"))
     found.setdefault("rope_theta", fields.get("rope_theta", 10000.0))
     return found

@@ -16,20 +16,15 @@ def tell_layout(path: Path, gguf_file: str | None = None) -> tuple[Layout, Path]
     Raises:
         UserError: if it holds no model.
     """
-    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
-        return "gguf", path
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist. Name a folder on this machine: models are not downloaded here "
-            f"(to fetch one: hf download {path} --local-dir FOLDER)."
-        )
-    if not path.is_dir():
+    names = _names(path)
+    if names is None:
+        if path.suffix == ".gguf" and gguf_file is None:
+            return "gguf", path
         raise UserError(f"{path} is a file. Name the model's folder, or a .gguf file.")
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise UserError(f"--gguf-file: {path} holds no file {gguf_file}.{_list_gguf(path)}")
         return "gguf", path / gguf_file
-    names = {entry.name for entry in path.iterdir()}
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names - {CRITIC_FILE})
     has_weights |= any(name.startswith("pytorch_model") and ".bin" in name for name in names)
     has_meta = any(name.endswith(".pth") for name in names)
@@ -43,6 +38,23 @@ def tell_layout(path: Path, gguf_file: str | None = None) -> tuple[Layout, Path]
     if len(gguf) == 1:
         return "gguf", path / gguf[0]
     raise UserError(f"{path} is not a model folder: {_what_is_there(path, names)}{_list_gguf(path)}")
+
+
+def _names(path: Path) -> set[str] | None:
+    """What a folder holds; None of a file."""
+    try:
+        return {entry.name for entry in path.iterdir()}
+    except NotADirectoryError:
+        if path.is_file():
+            return None
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}.") from None
+    raise UserError(
+        f"{path} does not exist. Name a folder on this machine: models are not downloaded here "
+        f"(to fetch one: hf download {path} --local-dir FOLDER)."
+    )
 
 
 def _what_is_there(path: Path, names: set[str]) -> str:

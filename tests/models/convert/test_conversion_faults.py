@@ -2,12 +2,12 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -178,36 +178,97 @@ def test_what_else_lies_in_the_partial_folder_goes(convert, tmp_path, monkeypatc
     assert "folder" not in names(tmp_path / "result")
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-from wmtp_ds.models.convert import safetensors_files
-from wmtp_ds.models.convert.importing import import_model
-write = safetensors_files.write
-def slow(file, tensors, on_bytes):
-    if "00004" in file.name:
-        file.write_bytes(b"half")
-        print("now", flush=True)
-        time.sleep(60)
-    return write(file, tensors, on_bytes)
-safetensors_files.write = slow
-import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=60_000)
-"""
+def start(work, moment) -> int:
+    """Do some work in a process of its own, which calls ``moment`` after each block written or compared and before
+    each file that is renamed or removed; its number."""
+    process = os.fork()
+    if process == 0:
+        torch.set_num_threads(1)  # those that there were do not survive a fork
+        for name in ("replace", "rename", "unlink"):
+            done = getattr(Path, name)
+            setattr(Path, name, lambda *arguments, done=done, **options: (moment(0), done(*arguments, **options))[1])
+        try:
+            work(progress=deliver.Progress(advance=moment))
+        finally:
+            os._exit(0)
+    return process
+
+
+def test_killed_at_any_moment(convert, tmp_path):
+    """Each attempt goes on from the one before; in the end there is what an undisturbed one makes."""
+    result, kills = tmp_path / "result", 0
+    convert()
+    expected = contents(result)
+    shutil.rmtree(result)
+    draw = random.Random(0)
+    for _ in range(15):
+        steps, last = itertools.count(1), draw.randint(1, 140)
+
+        def kill(count: int, steps=steps, last=last) -> None:
+            if next(steps) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        kills += os.WIFSIGNALED(os.waitpid(start(convert, kill), 0)[1])
+        if result.exists():
+            assert contents(result) == expected
+            shutil.rmtree(result)
+    assert kills > 8
+    convert(force=True)
+    assert contents(result) == expected
+    assert names(tmp_path) == ["result", "source"]
 
 
 def test_a_killed_import_goes_on(convert, tmp_path):
-    source, result = tmp_path / "source", tmp_path / "result"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(source), str(result)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "now\n"
+    result = tmp_path / "result"
+    convert()
+    expected = contents(result)
+    shutil.rmtree(result)
+    (reads, writes), steps = os.pipe(), itertools.count(1)
+
+    def wait(count: int) -> None:
+        if next(steps) == 30:
+            os.write(writes, b"now")
+            signal.pause()
+
+    process = start(convert, wait)
+    assert os.read(reads, 3) == b"now"
     with pytest.raises(UserError, match="result is being written by another process"):
         convert()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     assert not result.exists()
-    assert len(convert().resumed) == 3
+    assert len(convert().resumed) > 2
+    assert contents(result) == expected
+    assert names(tmp_path) == ["result", "source"]
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(convert, tmp_path, monkeypatch):
+    """A crash of the machine must not leave a model whose files are empty."""
+    synced, early = set(), set()
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda self, target: early.update(synced) or rename(self, target))
+    convert()
+    result = tmp_path / "result"
+    assert {path.stat().st_ino for path in (result, *result.iterdir())} <= early
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_a_rename_that_fails_leaves_the_old_model(convert, tmp_path, monkeypatch):
+    convert()
+    before, rename = contents(tmp_path / "result"), Path.rename
+
+    def refuse(self, target):
+        if self.name.startswith(".partial"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(RunError, match=r"result could not be written: .*Permission denied"):
+        convert(force=True, dtype=torch.bfloat16)
+    assert contents(tmp_path / "result") == before
+    monkeypatch.undo()
+    convert(force=True, dtype=torch.bfloat16)
     assert names(tmp_path) == ["result", "source"]
 
 
@@ -454,6 +515,27 @@ def test_source_and_destination_do_not_lie_in_each_other(convert, tmp_path):
         with pytest.raises(UserError, match=r"lie in each other\. Name another destination"):
             import_model(source, destination, force=True)
     assert "config.json" in names(source)
+
+
+@pytest.mark.parametrize(
+    ("destination", "message"),
+    [
+        (".", r"^\. cannot be made anew\. Name the model's own folder"),
+        ("..", r"^\.\. cannot be made anew"),
+        ("a/..", r"a/\.\. cannot be made anew"),
+        ("x" * 252, r"File name too long.*Name another destination"),
+        ("loop", r"Symlink loop.*Name another destination"),
+    ],
+)
+def test_destinations_that_are_no_name(convert, tmp_path, monkeypatch, destination, message):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    for force in (False, True):
+        with pytest.raises(UserError, match=message):
+            import_model(tmp_path / "source", Path(destination), force=force)
+    assert names(tmp_path) == ["here", "source"]
+    assert names(tmp_path / "here") == ["loop"]
 
 
 def test_folders_on_the_way_are_made(convert, tmp_path):

@@ -64,8 +64,8 @@ def write_gguf(file: Path, model: LlamaForCausalLM, tokens: list[str], **extra) 
         writer.add_token_types([1] * len(tokens))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    if extra.get("frequencies"):
-        writer.add_tensor("rope_freqs.weight", torch.ones(config.head_dim // 2).numpy())
+    for name, tensor in extra.get("more", {}).items():
+        writer.add_tensor(name, tensor.numpy())
     outside = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
     outside["lm_head.weight"] = "output"
     for name, tensor in model.state_dict().items():
@@ -77,7 +77,8 @@ def write_gguf(file: Path, model: LlamaForCausalLM, tokens: list[str], **extra) 
         if part in ("self_attn.q_proj", "self_attn.k_proj"):
             half = config.head_dim // 2
             tensor = tensor.view(-1, 2, half, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"blk.{number}.{NAMES[part]}.weight", tensor.contiguous().numpy())
+        if f"blk.{number}.{NAMES[part]}.weight" != extra.get("without"):
+            writer.add_tensor(f"blk.{number}.{NAMES[part]}.weight", tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,7 +92,7 @@ def make_gguf(tmp_path, tokenizer_folder):
     def make(name: str = "model.gguf", **changes):
         extra = {
             key: changes.pop(key)
-            for key in ("architecture", "scaling", "frequencies", "sentencepiece")
+            for key in ("architecture", "scaling", "more", "without", "sentencepiece")
             if key in changes
         }
         model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"vocab_size": 260} | changes)).eval()
@@ -174,7 +175,9 @@ def test_no_token_is_invented(make_gguf, tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-@pytest.mark.parametrize("changes", [{"scaling": gguf.RopeScalingType.LINEAR}, {"frequencies": True}])
+@pytest.mark.parametrize(
+    "changes", [{"scaling": gguf.RopeScalingType.LINEAR}, {"more": {"rope_freqs.weight": torch.ones(8)}}]
+)
 def test_scaled_rotary_is_refused(make_gguf, tmp_path, changes):
     """transformers' loader would leave it out."""
     folder, _ = make_gguf(**changes)
@@ -186,6 +189,28 @@ def test_scaled_rotary_is_refused(make_gguf, tmp_path, changes):
 def test_rotary_that_says_it_is_not_scaled(make_gguf, tmp_path):
     folder, _ = make_gguf(scaling=gguf.RopeScalingType.NONE)
     import_model(folder, tmp_path / "policy")
+
+
+def test_a_missing_tensor_is_not_made_up(make_gguf, tmp_path):
+    """As transformers does; the first file of a model that is split into several looks like this."""
+    folder, _ = make_gguf(without="blk.1.ffn_up.weight")
+    with pytest.raises(UserError, match=r"lacks 1 of .* first model\.layers\.1\.mlp\.up_proj\.weight.*--merge"):
+        import_model(folder, tmp_path / "policy")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "blk.0.ffn_gate_exps.weight"])
+def test_a_tensor_that_would_be_dropped(make_gguf, tmp_path, name):
+    folder, _ = make_gguf(more={name: torch.ones(64)})
+    with pytest.raises(UserError, match=rf"model\.gguf holds {name}, which transformers' GGUF loader leaves out"):
+        import_model(folder, tmp_path / "policy")
+
+
+def test_no_bars_of_the_library(make_gguf, tmp_path, capsys):
+    folder, _ = make_gguf()
+    capsys.readouterr()
+    import_model(folder, tmp_path / "policy")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "mamba", "nonsense"])

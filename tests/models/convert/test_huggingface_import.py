@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.convert.importing import import_model
-from wmtp_ds.models.fingerprint import compute_trunk_fingerprint, read_trunk_fingerprint, stored_tensors
+from wmtp_ds.models.fingerprint import compute_trunk_fingerprint, numbers_of, read_trunk_fingerprint, stored_tensors
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -139,7 +139,7 @@ def test_pickled_weights(make_llama, tmp_path, parts, tied):
     check(source, tmp_path / "policy")
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_llama(make_llama, tmp_path_factory, data):
     root = tmp_path_factory.mktemp("any")
@@ -186,6 +186,7 @@ def test_the_number_of_heads(make_llama, tmp_path, n_future):
     source = make_llama()
     import_model(source, tmp_path / "policy", n_future=n_future)
     check(source, tmp_path / "policy", heads=n_future or 4)
+    assert numbers_of(stored_tensors(tmp_path / "policy"), "mtp_heads") == set(range((n_future or 4) - 1))
     assert json.loads((tmp_path / "policy/config.json").read_text())["n_future_tokens"] == (n_future or 4)
 
 
@@ -415,6 +416,7 @@ def remove(*files: str):
     return lambda folder: [(folder / file).unlink() for file in files]
 
 
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
 LAST = "model.layers.2.mlp.up_proj.weight"
 FAULTS: dict[str, tuple[Any, str]] = {
     "mistral": (
@@ -460,6 +462,14 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "integers": (put(LAST, torch.ones(96, 64, dtype=torch.int8)), f"{LAST} is stored as I8: quantised"),
     "NaN": (put(LAST, torch.full((96, 64), torch.nan)), rf"model\.safetensors: {LAST} holds NaN: the weights are dam"),
     "infinity": (put("model.norm.weight", torch.full((64,), -torch.inf)), "holds infinity"),
+    "tied embeddings that are single numbers": (
+        lambda folder: (
+            config(tie_word_embeddings=True)(folder),
+            rewrite(folder, lambda state: state.update({name: torch.tensor(1.0) for name in TIED})),
+        ),
+        r"embed_tokens\.weight has shape \[\], but .* asks for \[384, 64\]",
+    ),
+    "architectures of a number": (config(architectures=3), r"architectures is 3, which predicts no tokens"),
     "no tokenizer": (remove("tokenizer.json"), "has no tokenizer"),
     "a tokenizer cut": (write("tokenizer.json", '{"model": {'), r"tokenizer\.json cannot be read"),
     "a tokenizer without words": (write("tokenizer.json", "{}"), r"tokenizer\.json holds no vocabulary"),

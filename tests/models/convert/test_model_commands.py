@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import edit, rewrite
+from transformers.utils import logging
 
 from wmtp_ds.cli.main import main
 from wmtp_ds.cli.model import Size
@@ -174,6 +175,16 @@ def test_errors_are_one_line(call, make_llama, tmp_path):
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {source}/model.safetensors: model.norm.weight holds NaN")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_transformers_logs_is_no_part_of_an_error(call, make_llama, tmp_path):
+    source = make_llama()
+    edit(source / "config.json", rope_parameters={"rope_type": "foo", "rope_theta": 1e4})
+    verbosity = logging.get_verbosity()
+    code, out, err = call("model", "import", source, tmp_path / "result")
+    assert (code, out) == (2, "")
+    assert err == f"error: {source}: config describes no model that can be built: KeyError: 'foo'\n"
+    assert logging.get_verbosity() == verbosity
 
 
 def test_a_full_disk_is_a_failure_at_run_time(call, make_llama, tmp_path, monkeypatch):

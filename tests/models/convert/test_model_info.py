@@ -205,6 +205,7 @@ def places(root, make_llama, tokenizer_folder):
     (root / "params/params.json").write_text("{}")
     (root / "weights").mkdir()
     save_file({"a": torch.ones(1)}, root / "weights/model.safetensors")
+    (root / "loop").symlink_to("loop")
     (root / "gguf").mkdir()
     (root / "ggufs").mkdir()
     for name in ("gguf/a.gguf", "ggufs/a.gguf", "ggufs/b.gguf"):
@@ -217,12 +218,17 @@ def places(root, make_llama, tokenizer_folder):
         "run": r"the models in it are checkpoint_best, checkpoint_final\. Name one: .*run/checkpoint_best\.",
         "params": r"params has params\.json but no consolidated\.\*\.pth: the weights are missing",
         "weights": r"weights is not a model folder: it has weights but no config\.json",
+        "loop": r"loop",
+        "file/inner": r"file/inner does not exist\. Name a folder",
         "gguf": r"a\.gguf is a GGUF file: import it first",
         "ggufs": r"GGUF files there: a\.gguf, b\.gguf; name one with --gguf-file",
     }
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "critic", "file", "run", "params", "weights", "gguf", "ggufs"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing", "empty", "critic", "file", "run", "params", "weights", "loop", "file/inner", "gguf", "ggufs"],
+)
 def test_places_that_hold_no_model(tmp_path, make_llama, tokenizer_folder, name):
     message = places(tmp_path, make_llama, tokenizer_folder)[name]
     with pytest.raises(UserError, match=message):
@@ -240,6 +246,13 @@ def test_models_that_are_damaged(make_llama, make_release, tmp_path):
     edit(source / "config.json", model_type="mistral")
     with pytest.raises(UserError, match=r"model_type is 'mistral'"):
         model_info(source)
+    edit(source / "config.json", model_type="llama", hidden_size=64, rope_parameters=3, architectures=3)
+    assert model_info(source).rope == {"rope_type": "default", "rope_theta": 10000.0}
+    for key, said, held in (("num_hidden_layers", 4, 3), ("n_future_tokens", 5, 1), ("n_future_tokens", "1", 1)):
+        edit(source / "config.json", num_hidden_layers=3, n_future_tokens=None)
+        edit(source / "config.json", **{key: said})
+        with pytest.raises(UserError, match=rf"config says {key} = {said!r}, but the weights are of {held}\. Correct"):
+            model_info(source)
     other = make_llama("other")
     save_file({"a": torch.ones(1)}, other / "model.safetensors")
     with pytest.raises(UserError, match=r"its weights are no Llama's: there is no model\.layers\.0"):

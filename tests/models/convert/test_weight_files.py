@@ -149,10 +149,39 @@ def test_shared_strided_and_wrapped_tensors(tmp_path):
     assert_same({name: whole(tensor) for name, tensor in found.items()}, {n: t.detach() for n, t in state.items()})
 
 
+@pytest.fixture
+def no_file_is_open(monkeypatch):
+    """Files of earlier tests, which live until their garbage is collected, count among the mapped ones, too."""
+    monkeypatch.setattr(torch_files, "_OPEN", weakref.WeakSet())
+
+
 def test_the_format_before_archives(tmp_path):
     state = {"a": torch.randn(5, 4), "b": torch.randn(3).bfloat16()}
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     assert_same({name: whole(tensor) for name, tensor in TorchFile(tmp_path / "a.pth").tensors().items()}, state)
+
+
+def test_the_format_before_archives_is_held_one_file_at_a_time(tmp_path, no_file_is_open):
+    """Such files are read whole: memory holds one shard, whatever their number."""
+    files = []
+    for number in range(3):
+        torch.save(
+            {"a": torch.full((5, 4), float(number))}, tmp_path / f"{number}", _use_new_zipfile_serialization=False
+        )
+        files.append(TorchFile(tmp_path / f"{number}"))
+        assert [file._state is not None for file in files] == [False] * number + [True]
+    for number in (0, 1, 1, 0, 2):
+        assert torch.equal(whole(files[number].tensors()["a"]), torch.full((5, 4), float(number)))
+        assert [file._state is not None for file in files] == [other == number for other in range(3)]
+
+
+def test_the_format_before_archives_is_not_read_for_its_names(tmp_path):
+    torch.save({"a": torch.ones(5, 4)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    file = TorchFile(tmp_path / "a.pth", verify=False)
+    assert file._state is None
+    (tensor,) = file.tensors().values()
+    assert (tensor.dtype, tensor.shape) == (torch.float32, (5, 4))
+    assert torch.equal(whole(tensor), torch.ones(5, 4))
 
 
 def test_files_whose_checksums_were_not_computed(tmp_path):
@@ -169,12 +198,6 @@ def test_a_block_does_not_keep_the_map(tmp_path):
     torch.save({"a": torch.randn(50, 40)}, tmp_path / "a.pth")
     block = TorchFile(tmp_path / "a.pth").tensors()["a"].read(3, 5)
     assert block.untyped_storage().nbytes() == block.nbytes
-
-
-@pytest.fixture
-def no_file_is_open(monkeypatch):
-    """Files of earlier tests, which live until their garbage is collected, count among the mapped ones, too."""
-    monkeypatch.setattr(torch_files, "_OPEN", weakref.WeakSet())
 
 
 @pytest.mark.parametrize("files", [1, 4])
@@ -214,7 +237,7 @@ def test_large_files_may_keep_a_quarter_mapped(tmp_path, monkeypatch, no_file_is
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("touch /tmp/never",)
+        return os.system, ("touch never",)
 
 
 def damages(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -270,14 +293,15 @@ def make_zip(file: Path) -> bytes:
         "an archive of something else",
     ],
 )
-def test_damaged_torch_files(tmp_path, name):
+def test_damaged_torch_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     content, message = damages(tmp_path)[name]
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match=rf"^weights file {tmp_path}/x\.pth {message}") as found:
         TorchFile(tmp_path / "x.pth")
     assert "\n" not in str(found.value)
     assert "weights_only" not in str(found.value), "advice that nobody should take"
-    assert not Path("/tmp/never").exists()
+    assert not (tmp_path / "never").exists()
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.convert.safetensors_files import DTYPES
 from wmtp_ds.models.convert.source import Source
-from wmtp_ds.models.convert.tensors import checksum
+from wmtp_ds.models.convert.tensors import LazyTensor, checksum
 from wmtp_ds.models.fingerprint import numbers_of
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
@@ -107,10 +107,17 @@ def _settle_tying(source: Source) -> None:
         return
     if embeddings is None:
         source.tensors[EMBEDDINGS] = source.tensors.pop(UNEMBEDDING)
-    elif embeddings.dtype == unembedding.dtype and checksum(embeddings) == checksum(unembedding):
+    elif _is_the_same(embeddings, unembedding):
         del source.tensors[UNEMBEDDING]
     else:
         source.fields["tie_word_embeddings"] = False
+
+
+def _is_the_same(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two matrices are equal to the bit."""
+    if len(one.shape) != 2 or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return checksum(one) == checksum(other)
 
 
 def _check_numbers(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,5 +1,8 @@
 """GGUF files, through transformers' own loader, which holds the whole model, dequantised to float32."""
 
+import io
+import re
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,11 @@ from wmtp_ds.models.convert.huggingface import check_is_llama
 from wmtp_ds.models.convert.source import Source
 from wmtp_ds.models.convert.tensors import LazyTensor
 from wmtp_ds.models.convert.tokenizer import TokenizerSource, find_tokenizer
+
+# What the loader takes of a Llama; the rest, such as biases, it drops without a word.
+_READ = re.compile(
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|norm)|ffn_(gate|up|down|norm)))\.weight"
+)
 
 
 def open_gguf(file: Path, tokenizer: Path | None = None) -> Source:
@@ -26,8 +34,17 @@ def open_gguf(file: Path, tokenizer: Path | None = None) -> Source:
         raise UserError(f"{file}: to read GGUF files: pip install 'wmtp-ds[gguf]' (or: pip install gguf)") from None
     try:
         _check_kind(file, gguf.GGUFReader(file))
-        model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with redirect_stderr(io.StringIO()):  # two bars, of which transformers' own switch turns off but one
+            loaded: Any = LlamaForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+        model, loading = loaded
         check_is_llama({"model_type": model.config.model_type}, str(file))
+        if missing := sorted(loading["missing_keys"]):  # which transformers makes up
+            raise UserError(
+                f"{file} lacks {len(missing)} of the tensors that its header asks for, first {missing[0]}. Copy the "
+                "model again; one that is split into several files, join first (llama-gguf-split --merge)."
+            )
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes of the libraries
@@ -49,6 +66,11 @@ def _check_kind(file: Path, reader: Any) -> None:
         raise UserError(
             f"{file} scales its rotary frequencies (as Llama 3.1 and later do), which transformers' GGUF loader leaves "
             "out: the model would be another one. Import its Hugging Face folder instead."
+        )
+    if unknown := [tensor.name for tensor in reader.tensors if not _READ.fullmatch(tensor.name)]:
+        raise UserError(
+            f"{file} holds {unknown[0]}, which transformers' GGUF loader leaves out: the model would be another one. "
+            "Import its Hugging Face folder instead."
         )
 
 

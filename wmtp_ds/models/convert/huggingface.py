@@ -55,6 +55,7 @@ def check_is_llama(fields: dict[str, Any], where: str) -> None:
             "CodeLlama, Sheared-LLaMA, TinyLlama, SmolLM2 and others of that architecture."
         )
     names = fields.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
     if names and not any("causallm" in str(name).lower() for name in names):
         raise UserError(
             f"{where}: architectures is {', '.join(map(str, names))}, which predicts no tokens. "

@@ -16,6 +16,7 @@ from wmtp_ds.models.convert.source import Source
 from wmtp_ds.models.convert.tensors import LazyTensor, checksum, halves_from_pairs, joined
 from wmtp_ds.models.convert.tokenizer import find_tokenizer
 from wmtp_ds.models.convert.torch_files import TorchFile
+from wmtp_ds.models.fingerprint import numbers_of
 
 # Key in config.json under which the original params.json is kept for the way back.
 RELEASE = "meta_release"
@@ -40,8 +41,10 @@ OUTSIDE = {
 # Computed by the model; some releases store it all the same.
 _BUFFER = re.compile(r"(^|\.)(rope\.freqs|freqs_cis)$")
 _FOREIGN = ("moe", "moe_args", "quantization_args", "lora_args", "vision_chunk_size")
-# Llama 3.1's, which params.json only switches on.
+# Llama 3.1's, which params.json only switches on; Llama 3.2 (1B and 3B, told by their width) has a factor of its own.
 SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+_LLAMA_3_2 = (2048, 3072)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,13 @@ def open_release(folder: Path, tokenizer: Path | None = None, *, verify: bool = 
     """
     params = read_params(folder / "params.json")
     paths = release_files(folder)
-    shards = [TorchFile(path, verify=verify).tensors() for path in paths]
+    opened = [TorchFile(path, verify=verify) for path in paths]
+    if len(paths) > 1 and (old := [file.path for file in opened if not file.is_archive]):
+        raise UserError(
+            f"{old[0]} is of torch's file format before 1.6, which cannot be read in parts along with the other files. "
+            "Save it anew: torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+    shards = [file.tensors() for file in opened]
     for shard in shards:
         for name in [name for name in shard if _BUFFER.search(name)]:
             del shard[name]
@@ -166,7 +175,8 @@ def fields_of(params: dict[str, Any], heads: int, vocabulary: int, intermediate:
     scaled = bool(params.get("use_scaled_rope"))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.get("rope_theta") or 10000.0)}
     if scaled:
-        rope |= SCALED_ROPE | {"rope_type": "llama3", "factor": float(params.get("rope_scaling_factor") or 8.0)}
+        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] in _LLAMA_3_2 else 8.0)
+        rope |= SCALED_ROPE | {"rope_type": "llama3", "factor": float(factor)}
         rope["high_freq_factor"] = float(params.get("rope_high_freq_factor") or rope["high_freq_factor"])
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -190,8 +200,7 @@ def fields_of(params: dict[str, Any], heads: int, vocabulary: int, intermediate:
 
 def _count_heads(folder: Path, params: dict[str, Any], names: set[str]) -> int:
     """n, which params.json says or the weights show; they must agree."""
-    extra = {int(name.split(".")[1]) for name in names if re.match(r"extra_heads\.\d+\.", name)}
-    blocks = {int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)}
+    extra, blocks = numbers_of(names, "extra_heads"), numbers_of(names, "layers")
     heads: int = params.get("n_future_tokens") or len(extra) + 1
     if extra != set(range(heads - 1)):
         raise UserError(

@@ -40,7 +40,7 @@ class Staging:
 
     def __init__(self, final: Path, plan: Mapping[str, Any]):
         self.final = final
-        self.folder = final.with_name(f".partial-{final.name}")
+        self.folder = partial_of(final)
         self._plan = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._done: dict[str, dict[str, str]] = {}
         self.resumed: list[str] = []
@@ -111,9 +111,9 @@ class Staging:
 
     def publish(self) -> None:
         """Give the folder its name; what was there before goes."""
-        (self.folder / _PROGRESS).unlink(missing_ok=True)
         for file in self.folder.iterdir():
             _sync(file)
+        (self.folder / _PROGRESS).unlink(missing_ok=True)
         _sync(self.folder)
         old = self.final.with_name(f".old-{self.final.name}")
         if self.final.exists():
@@ -136,13 +136,24 @@ class Staging:
         return RunError(f"{self.final} could not be written: {what}. {mend}, and run the same command again.{on}")
 
 
+def partial_of(final: Path) -> Path:
+    """Where a folder lies while it is written."""
+    return final.with_name(f".partial-{final.name}")
+
+
 def check_destination(final: Path, source: Path, *, force: bool) -> None:
     """The destination is free, or may be replaced.
 
     Raises:
-        UserError: if it is not, or lies in the source or around it.
+        UserError: if it is not, or lies in the source or around it, or is no name for a folder.
     """
-    mine, other = final.resolve(), source.resolve()
+    if final.name in ("", ".."):
+        raise UserError(f"{final} cannot be made anew. Name the model's own folder, which is made there.")
+    try:
+        mine, other = final.resolve(), source.resolve()
+        partial_of(final).exists()  # a name may be too long, or lead in a circle
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{final} cannot be made of {source}: {error}. Name another destination.") from None
     if mine == other or mine in other.parents or other in mine.parents:
         raise UserError(f"{final} and {source} lie in each other. Name another destination.")
     if not os.path.lexists(final):
@@ -163,8 +174,7 @@ def check_space(final: Path, needed: int) -> None:
     Raises:
         UserError: if there is not.
     """
-    partial = final.with_name(f".partial-{final.name}")
-    held = sum(file.stat().st_size for file in partial.glob("*") if file.is_file())
+    held = sum(file.stat().st_size for file in partial_of(final).glob("*") if file.is_file())
     place = final.parent
     while not place.exists():
         place = place.parent

@@ -2,6 +2,7 @@
 
 They are zip archives: a pickle that names the tensors, and an uncompressed record of bytes for each. Reading maps the
 file into memory; mapped pages count as this process's memory until the map is given up, so maps are, every so often.
+Files of the format before that (torch up to 1.5) can only be read whole: one of them is held at a time.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +46,45 @@ class TorchFile:
         path: the file.
         verify: compare its records with their checksums, which reads all of it once.
 
+    Attributes:
+        is_archive: whether it can be read block by block.
+
     Raises:
         UserError: if the file is missing, damaged, holds anything but named tensors, or asks for code to be run.
     """
 
     def __init__(self, path: Path, *, verify: bool = True):
         self.path = path
-        self._is_archive = self._check(verify)
+        self.is_archive = self._check(verify)
         self._size = path.stat().st_size
         self._touched = 0
-        self._state: dict[str, Tensor] | None = self._load()
+        self._state: dict[str, Tensor] | None = None
         _OPEN.add(self)
+        with nullcontext() if verify or self.is_archive else torch.serialization.skip_data():
+            state = self._load()
+        self._kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        if verify or self.is_archive:
+            self._state = state
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the file by name, to be read later."""
-        return {name: self._lazy(name, tensor) for name, tensor in (self._state or self._load()).items()}
-
-    def _lazy(self, name: str, tensor: Tensor) -> LazyTensor:
-        return LazyTensor(
-            f"{self.path}: {name}", tensor.dtype, tuple(tensor.shape), lambda a, b: self._read(name, a, b)
-        )
+        return {
+            name: LazyTensor(f"{self.path}: {name}", dtype, shape, partial(self._read, name))
+            for name, (dtype, shape) in self._kinds.items()
+        }
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         if self._state is None:
             self._state = self._load()
         block = self._state[name][start:stop].detach().clone(memory_format=torch.contiguous_format)
-        if self._is_archive:
+        if self.is_archive:
             self._touched += block.nbytes
             _give_up_maps()
         return block
 
-    def give_up_map(self) -> None:
-        """Let go of the mapped memory; the next read maps the file again."""
-        if self._is_archive:
-            self._state, self._touched = None, 0
+    def give_up(self) -> None:
+        """Let go of the mapped memory, or of the whole file; the next read takes it again."""
+        self._state, self._touched = None, 0
 
     def _check(self, verify: bool) -> bool:
         """Whether the file is an archive, whose checksums are right, rather than of the format before that."""
@@ -114,8 +122,10 @@ class TorchFile:
             raise self._damaged(f"{what} is not what was saved ({' '.join(str(error).split())})") from None
 
     def _load(self) -> dict[str, Tensor]:
+        if not self.is_archive:
+            _give_up_whole_files()
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._is_archive or None)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_archive or None)
         except pickle.UnpicklingError as error:
             wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
             what = f"it asks for {wanted[1]} to be run" if wanted else "its pickle is damaged or is no plain one"
@@ -128,7 +138,8 @@ class TorchFile:
         if not isinstance(state, dict):
             raise self._damaged(f"it holds a {type(state).__name__}, not tensors by name")
         for name, value in state.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+            if not isinstance(name, str) or not is_plain:
                 raise self._damaged(f"its entry {name!r} is no tensor")
         return state
 
@@ -143,7 +154,14 @@ def _give_up_maps() -> None:
     limit = max(MAPPED_BYTES, max(file._size for file in _OPEN) // 4)
     if sum(file._touched for file in _OPEN) > limit:
         for file in _OPEN:
-            file.give_up_map()
+            if file.is_archive:
+                file.give_up()
+
+
+def _give_up_whole_files() -> None:
+    for file in _OPEN:
+        if not file.is_archive:
+            file.give_up()
 
 
 class _Storage:
