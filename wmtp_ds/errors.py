@@ -8,9 +8,15 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    # Whether every rank raises it alike, so that one of them may speak for all.
+    everywhere = True
 
 
 class RunError(UserError):
     """A failure at run time that the user can act on (a full disk, a damaged checkpoint): exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere

@@ -28,7 +28,7 @@ import click
 
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.errors import UserError
-from wmtp_ds.resume import check_resume
+from wmtp_ds.resume import check_resume, fit_ranks
 
 SCRIPT = "bin/train_stage.py"
 # More than any machine has GPUs; a slip of the finger must not start thousands of processes.
@@ -302,6 +302,7 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
     check_compiler(device, resolved.deepspeed(1))
     check_kernels(device)
     ids = device_ids(device, request.num_gpus, os.environ)
+    fit_ranks(resolved, request.resume, len(ids))
     return launcher_command(ids, request), launch_environment(device, os.environ)
 
 

@@ -109,7 +109,7 @@ def run_rank(work: Callable[[], int]) -> int:
     except UserError as error:
         if not distributed.initialized():
             raise
-        if distributed.is_main() or error.exit_code == 1:
+        if distributed.is_main() or not error.everywhere:
             click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except Exception:

@@ -1,6 +1,5 @@
 """One stage, from config to checkpoint: the loop that all stages share."""
 
-import random
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,8 @@ from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.models.loading import load_policy
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
-from wmtp_ds.resume import check_resume, same_table
+from wmtp_ds.random_state import random_state, restore_random
+from wmtp_ds.resume import check_resume, fit_ranks, same_table
 from wmtp_ds.rewards import fill_rewards
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
 from wmtp_ds.run_folder import RunFolder, is_main_process
@@ -59,6 +59,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
     """
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), resume)
     changes = check_resume(resolved, resume)
+    resolved, cut = fit_ranks(resolved, resume, world_size_from_launcher())
     check_models(resolved)
     data = open_data(resolved, world_size_from_launcher())
     critic = fetch_critic(resolved)
@@ -68,7 +69,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
         device = engine.start(resolve_device(resolved.config.runtime.device))
         fill_rewards(resolved, data, device)
         training = Training(resolved, data, folder, device, critic)
-        for change in changes:
+        for change in (*changes, *cut):
             training.display.say(f"changed since the checkpoint: {change}")
         return training.run(run_name or resolved.config.experiment.name)
     finally:
@@ -288,24 +289,20 @@ class Training:
             "stopper": distributed.broadcast_object(self.stopper.state_dict()),
             "run_id": distributed.broadcast_object(None if self.tracker is None else self.tracker.run_id),
             "validation": self.validation,
-            "random": {"python": random.getstate(), "torch": torch.get_rng_state()},
+            "random": random_state(self.device),
         }
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        self.checkpoints.save(self.engine, self.progress.step, state, {"config.toml": self.resolved.toml()})
+        files = {"config.toml": self.resolved.toml()}
+        self.checkpoints.save(self.engine, self.progress.step, state, files, self.data.plan.global_batch)
 
     def _restore(self, source: Path) -> str | None:
         """Go on from a checkpoint; returns the id of its tracked run."""
-        state = self.checkpoints.restore(self.engine, source)
+        state = self.checkpoints.restore(self.engine, source, self.display.say)
         self.progress = Progress(**state["progress"])
         # A run that had stopped early goes on if the conditions are others now.
         self.progress.stopped &= same_table(source, self.resolved, "early_stopping")
         self.stopper.load_state_dict(state["stopper"])
         self.validation = state["validation"]
-        random.setstate(state["random"]["python"])
-        torch.set_rng_state(state["random"]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        restore_random(state.get("random"), self.device, (self.config.runtime.seed, self.progress.step))
         self.display.say(f"resumed from {source} at step {self.progress.step} of {self.data.total_steps}")
         run_id: str | None = state["run_id"]
         return run_id
