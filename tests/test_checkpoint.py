@@ -17,9 +17,7 @@ from wmtp_ds import checkpoint, checkpoint_files, distributed
 from wmtp_ds.checkpoint import Checkpoints
 from wmtp_ds.checkpoint_files import (
     MANIFEST,
-    put_back,
     read_manifest,
-    remove_checkpoint,
     replace_folder,
     verify_manifest,
     write_manifest,

@@ -128,7 +128,8 @@ def list_runs(folder: Path) -> list[Run]:
 
 def _other_leftovers(run: Path) -> list[Path]:
     """Those that are not listed as partial checkpoints."""
-    return [path for path in leftovers(run) if not path.name.startswith(f"{PARTIAL}{STEP_PREFIX}")]
+    listed = _all_checkpoints(run)
+    return [path for path in leftovers(run) if path not in listed]
 
 
 def verify_path(path: Path, say: Callable[[Path], None]) -> list[Listing]:
