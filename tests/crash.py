@@ -25,11 +25,10 @@ class Moments:
         chosen: number of the moment to act at, from 0.
         act: what happens then.
         growing: count only operations that a full disk can refuse.
-        matching: count only paths that contain this text.
     """
 
-    def __init__(self, root: Path, chosen: int, act: Callable[[], None], *, growing: bool = False, matching: str = ""):
-        self.root, self.left, self.act, self.growing, self.matching = str(root), chosen, act, growing, matching
+    def __init__(self, root: Path, chosen: int, act: Callable[[], None], *, growing: bool = False):
+        self.root, self.left, self.act, self.growing = str(root), chosen, act, growing
         self.watching = True
 
     def install(self) -> None:
@@ -61,7 +60,7 @@ class Moments:
     def _counts(self, event: str, *paths: str) -> bool:
         # shutil.rmtree names files relative to a folder that it has opened.
         mine = any(path.startswith(self.root) or not path.startswith("/") for path in paths)
-        if not self.watching or not mine or not any(self.matching in path for path in paths):
+        if not self.watching or not mine:
             return False
         if self.growing and event not in _GROW:
             return False

@@ -240,9 +240,14 @@ class Engine:
         """
         self._engine._config.load_universal_checkpoint = True
         try:
-            return self.load_state(folder, tag, strict=False)
+            own = self.load_state(folder, tag, strict=False)
         finally:
             self._engine._config.load_universal_checkpoint = False
+        # DeepSpeed gives all groups one tensor to count Adam's steps in, which each of them would then count up.
+        for state in self._engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        return own
 
     def _settings(self) -> list[dict[str, Any]]:
         """Of each parameter group all but the parameters."""

@@ -40,7 +40,12 @@ def interrupted_after(steps: int) -> type[Interruption]:
 
 
 class Recorded(wmtp_ds.train.Training):
-    """Writes the rows that this rank reads in each step beside the checkpoints."""
+    """Writes the rows that this rank reads in each step beside the checkpoints, and saves at once what it resumes."""
+
+    def _restore(self, source: Path) -> str | None:
+        run_id = super()._restore(source)
+        self._save()
+        return run_id
 
     def take_step(self, window: list, *arguments: object, **keywords: object) -> int:
         rows = [row for batch in window for row in batch.row_ids.tolist()]

@@ -16,8 +16,7 @@ pytestmark = pytest.mark.launch
 STEPS, SAVED = 8, 4
 # Name -> stage, batch size, accumulation of the two ranks; and of one rank and four, for the same eight rows.
 CASES = {
-    "baseline": ("baseline", (2, 2), {1: (2, 4), 4: (2, 1)}),
-    "baseline-wide": ("baseline", (4, 1), {1: (4, 2), 4: (2, 1)}),  # four ranks cannot read four rows each
+    "baseline": ("baseline", (4, 1), {1: (4, 2), 4: (2, 1)}),  # four ranks cannot read four rows each
     "critic": ("critic", (2, 2), {1: (2, 4), 4: (2, 1)}),
     "verifiable": ("verifiable", (2, 2), {1: (2, 4), 4: (2, 1)}),
     "rho1": ("rho1", (2, 2), {1: (2, 4), 4: (2, 1)}),
@@ -148,15 +147,17 @@ def full(folder: Path, key: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_moments_go_on(trained: Path, name: str, ranks: int) -> None:
-    end = f"step_{STEPS:08d}"
-    for key, tolerance in (("fp32", 2e-4), ("exp_avg", 1e-5), ("exp_avg_sq", 1e-6)):
-        expected = full(trained / f"checkpoints/{name}-2" / end, key)
-        found = full(trained / f"checkpoints/{name}-{ranks}" / end, key)
+def test_weights_and_moments_are_the_same_to_the_bit(trained: Path, name: str, ranks: int) -> None:
+    """Saved again as soon as they were loaded."""
+    resumed = f"step_{SAVED:08d}"
+    for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        expected = full(trained / f"checkpoints/{name}-2" / resumed, key)
+        found = full(trained / f"checkpoints/{name}-{ranks}" / resumed, key)
         assert found.keys() == expected.keys()
         assert all(("value_head" in tensor) == (name == "critic") for tensor in found) or name == "verifiable"
         for tensor, value in expected.items():
-            torch.testing.assert_close(found[tensor], value, rtol=0, atol=tolerance, msg=f"{key} {tensor}")
+            assert torch.equal(found[tensor], value), (key, tensor)
+            assert key == "exp_avg_sq" or value.any() or "bias" in tensor, "not all zeros"
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -1,0 +1,114 @@
+"""Twenty steps at once, and ten and ten: every stage ends with the same bits, rank by rank.
+
+The checkpoint lies in the middle of an epoch, of a phase of the curriculum, of the schedule of learning rates and of an
+early-stopping count, and every step has two micro-batches.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from kill_soak import make_critic, metrics, plain, same
+from safetensors.torch import load_file
+from test_launch_parity import start
+
+from wmtp_ds.config import load_config
+from wmtp_ds.run_data import open_data
+
+pytestmark = pytest.mark.launch
+
+STEPS, MIDDLE = 20, 10
+STAGES = ("baseline", "critic", "verifiable", "rho1")
+
+
+def job(root: Path, stage: str, folder: str, **keywords: object) -> dict:
+    override = [
+        f'checkpoint.save_dir="checkpoints/{stage}-{folder}"',
+        f"training.max_steps={STEPS}",
+        "training.n_epochs=4.0",
+        "data_sampling.n_samples=24",  # six steps an epoch
+        "training.batch_size=1",
+        "training.gradient_accumulation_steps=2",
+        "training.log_interval=1",
+        "training.eval_interval=7",
+        f"checkpoint.save_checkpoint_every={MIDDLE / 6}",
+        "checkpoint.save_best=false",
+        "early_stopping.enabled=true",
+        "early_stopping.patience=1000",
+        'mlflow.tracking_uri=""',
+    ]
+    if stage == "verifiable":
+        override.append(f'experiment.critic_checkpoint="{make_critic(root)}"')
+    config = f"stage_configs/local/{stage}.toml"
+    return {"stage": stage, "config": config, "override": override, "record": True} | keywords
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Path:
+    """Each stage from beginning to end, and again from its checkpoint in the middle."""
+    jobs = [job(workspace, stage, "straight") for stage in STAGES]
+    for stage in STAGES:
+        jobs.append(job(workspace, stage, "resumed", resume=f"checkpoints/{stage}-straight/step_{MIDDLE:08d}"))
+    start(workspace, jobs, 2)
+    return workspace / "checkpoints"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_rates_and_metrics(trained: Path, stage: str) -> None:
+    straight, resumed = metrics(trained / f"{stage}-straight"), metrics(trained / f"{stage}-resumed")
+    assert sorted(straight) == list(range(1, STEPS + 1))
+    assert sorted(resumed) == list(range(MIDDLE + 1, STEPS + 1))
+    for step, values in resumed.items():
+        assert values == straight[step], step
+        assert {"train/loss", "optim/lr", "optim/grad_norm"} <= values.keys()
+    assert "val/loss" in resumed[14]
+    assert len({values["optim/lr"] for values in resumed.values()}) == STEPS - MIDDLE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sampled_rows(trained: Path, stage: str, rank: int) -> None:
+    def rows(folder: str) -> list[tuple[int, list[int]]]:
+        lines = (trained / f"{stage}-{folder}" / f"rows-{rank}.jsonl").read_text().splitlines()
+        return [(record["step"], record["rows"]) for record in map(json.loads, lines)]
+
+    straight = rows("straight")
+    assert [step for step, _ in straight] == list(range(1, STEPS + 1))
+    assert rows("resumed") == straight[MIDDLE:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_optimizer_schedule_and_random_numbers(trained: Path, stage: str) -> None:
+    """All that DeepSpeed and we have saved, of both ranks: when it was loaded, and at the end."""
+    for step in (MIDDLE, STEPS):
+        files = sorted((trained / f"{stage}-straight" / f"step_{step:08d}").glob("*_states.pt"))
+        assert len(files) == 4
+        for file in files:
+            expected = plain(file)
+            same(plain(trained / f"{stage}-resumed" / file.parent.name / file.name), expected, f"{step} {file.name}")
+            if file.name.endswith("model_states.pt"):
+                assert expected["lr_scheduler"]["last_epoch"] == step
+                assert expected["wmtp"]["stopper"]
+                assert {"python", "torch"} <= expected["wmtp"]["random"].keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exports(trained: Path, stage: str) -> None:
+    files = sorted((trained / f"{stage}-straight" / "checkpoint_final").glob("*.safetensors"))
+    assert files
+    for file in files:
+        same(load_file(trained / f"{stage}-resumed" / "checkpoint_final" / file.name), load_file(file), file.name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_checkpoint_lies_in_the_middle_of_everything(
+    workspace: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    spec = job(workspace, stage, "straight")
+    data = open_data(load_config(Path(spec["config"]), spec["override"]), world_size=2)
+    assert data.total_steps == STEPS
+    assert MIDDLE % data.steps_per_epoch not in (0.0, 5.0)
+    assert data.plan.phase(MIDDLE - 1) == data.plan.phase(MIDDLE) == data.plan.phase(MIDDLE + 1)
+    if stage in ("critic", "verifiable"):
+        assert len(data.plan.phases) > 1
