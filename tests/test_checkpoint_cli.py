@@ -232,6 +232,7 @@ def test_prune_clears_up_after_crashes(root: Path, call) -> None:
     (root / ".universal" / ".partial-step_00000030").mkdir(parents=True)
     (root / ".universal" / "step_00000007").mkdir()
     (root / "notes.txt").write_text("mine")
+    (root / ".tracking.json.tmp").write_text("another thread's")
     listed = json.loads(call("list", root, "--json")[1])[0]
     assert len(listed["leftovers"]) == 6
     code, out, _ = call("prune", root, "--keep", 3, "--dry-run", "--json")
@@ -239,7 +240,7 @@ def test_prune_clears_up_after_crashes(root: Path, call) -> None:
     code, out, _ = call("prune", root, "--keep", 3)
     assert (code, out.count("(left by a crash)")) == (0, 7)
     steps = ["step_00000010", "step_00000020", "step_00000030"]
-    assert names(root) == [".lock", ".universal", "latest", "notes.txt", *steps]
+    assert names(root) == [".lock", ".tracking.json.tmp", ".universal", "latest", "notes.txt", *steps]
     assert names(root / ".universal") == []
 
 

@@ -155,7 +155,7 @@ def leftovers(root: Path) -> list[Path]:
     """What no one will use again: unfinished and half removed folders, and conversions of what is gone."""
     found = [path for prefix in (PARTIAL, REMOVED) for path in root.glob(f"{prefix}*")]
     found += [path for path in root.glob(f"{REPLACED}*") if (root / path.name.removeprefix(REPLACED)).exists()]
-    found += root.glob(".*.tmp")
+    found += root.glob(f".{LATEST}.tmp")  # others may be the tracker's, which writes at any time
     found += [path for path in root.glob(f"{CONVERTED}/*") if not is_complete(root / path.name)]
     return sorted(found)
 

@@ -6,6 +6,7 @@ much room as the checkpoint (twice as much while it runs) and is removed togethe
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,13 @@ def convert(checkpoint: Path) -> Path:
     if _is_of(final, source):
         return final
     # Names without their folders: DeepSpeed reads some characters in them as patterns.
-    partial = Path(CONVERTED) / f"{PARTIAL}{checkpoint.name}"
-    options = [f"--input_folder={checkpoint.name}", f"--output_folder={partial}"]
+    name = f"{CONVERTED}/{PARTIAL}{checkpoint.name}"
+    partial = checkpoint.parent / name
+    options = [f"--input_folder={checkpoint.name}", f"--output_folder={name}"]
     options += [f"--num_extract_workers={_WORKERS}", f"--num_merge_workers={_WORKERS}"]
     try:
-        (checkpoint.parent / CONVERTED).mkdir(exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(exist_ok=True)
         done = subprocess.run(
             [sys.executable, "-P", "-m", "wmtp_ds.universal", str(checkpoint.parent), *options],
             # Nothing to compute: and whatever a launcher has set would have it wait for other ranks.
@@ -58,13 +61,13 @@ def convert(checkpoint: Path) -> Path:
             errors="replace",
         )
         if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
             said = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
             command = f"cd {checkpoint.parent} && {sys.executable} -m {_PROGRAM} {' '.join(options)}"
             raise RunError(
                 f"{checkpoint} could not be converted for another number of ranks: {said[0]} (exit code "
                 f"{done.returncode}). Free space, or go on with --num_gpus {manifest['world_size']}. Tried: {command}"
             )
-        partial = checkpoint.parent / partial
         (partial.parent / "latest_universal").unlink(missing_ok=True)
         write_manifest(partial, step=manifest.get("step"), world_size=manifest["world_size"], source=source)
         replace_folder(partial, final)

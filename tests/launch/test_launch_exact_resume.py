@@ -18,6 +18,14 @@ from wmtp_ds.run_data import open_data
 pytestmark = pytest.mark.launch
 
 STEPS, MIDDLE = 20, 10
+PHASES = (
+    "["
+    + ", ".join(
+        f"{{epoch_range=[{begin}, {end}], difficulty_weights={{low={low}, medium=0.2, high={0.8 - low}}}}}"
+        for begin, end, low in ((0.0, 0.3, 0.7), (0.3, 0.7, 0.4), (0.7, 1.0, 0.1))
+    )
+    + "]"
+)
 STAGES = ("baseline", "critic", "verifiable", "rho1")
 
 
@@ -37,6 +45,8 @@ def job(root: Path, stage: str, folder: str, **keywords: object) -> dict:
         "early_stopping.patience=1000",
         'mlflow.tracking_uri=""',
     ]
+    if stage != "baseline":  # whose epochs are permutations
+        override += ["data_sampling.curriculum_learning=true", f"data_sampling.curriculum_schedule={PHASES}"]
     if stage == "verifiable":
         override.append(f'experiment.critic_checkpoint="{make_critic(root)}"')
     config = f"stage_configs/local/{stage}.toml"
@@ -110,5 +120,4 @@ def test_the_checkpoint_lies_in_the_middle_of_everything(
     assert data.total_steps == STEPS
     assert MIDDLE % data.steps_per_epoch not in (0.0, 5.0)
     assert data.plan.phase(MIDDLE - 1) == data.plan.phase(MIDDLE) == data.plan.phase(MIDDLE + 1)
-    if stage in ("critic", "verifiable"):
-        assert len(data.plan.phases) > 1
+    assert len(data.plan.phases) == (1 if stage == "baseline" else 3)
