@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from test_launch_parity import start
 
 from wmtp_ds.config import load_config
+from wmtp_ds.optimization import lr_schedule
 from wmtp_ds.run_data import open_data
 
 pytestmark = pytest.mark.launch
 
-STEPS, MIDDLE = 20, 10
+STEPS, MIDDLE, SHORT = 20, 10, 12
 PHASES = (
     "["
     + ", ".join(
@@ -59,8 +60,25 @@ def trained(workspace: Path) -> Path:
     jobs = [job(workspace, stage, "straight") for stage in STAGES]
     for stage in STAGES:
         jobs.append(job(workspace, stage, "resumed", resume=f"checkpoints/{stage}-straight/step_{MIDDLE:08d}"))
+    changed = job(workspace, "baseline", "changed", resume=f"checkpoints/baseline-straight/step_{MIDDLE:08d}")
+    changed["override"] += ["training.learning_rate=5e-4", "training.weight_decay=0.3", f"training.max_steps={SHORT}"]
+    jobs.append(changed)
     start(workspace, jobs, 2)
     return workspace / "checkpoints"
+
+
+def test_what_may_change_is_not_the_checkpoints_to_decide(trained: Path) -> None:
+    """The learning rate and the decay that the config says now, on the schedule of the steps that it says now."""
+    found = metrics(trained / "baseline-changed")
+    config = load_config(trained.parent / "stage_configs/local/baseline.toml", checks=False).config.training
+    factor = lr_schedule(config.scheduler, SHORT, config.warmup_ratio)
+    assert {step: values["optim/lr"] for step, values in found.items()} == {
+        step: 5e-4 * factor(step - 1) for step in (MIDDLE + 1, MIDDLE + 2)
+    }
+    file = next((trained / "baseline-changed" / f"step_{SHORT:08d}").glob("*_optim_states.pt"))
+    groups = plain(file)["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert {group["initial_lr"] for group in groups} == {5e-4}
 
 
 @pytest.mark.parametrize("stage", STAGES)
