@@ -37,7 +37,7 @@ class Moments:
         fsync, opened = os.fsync, builtins.open
 
         def watched_fsync(descriptor: int) -> None:
-            self._passes("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            self.passes("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
             fsync(descriptor)
 
         def watched_open(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
@@ -51,9 +51,10 @@ class Moments:
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and self.watching:
-            self._passes(event, *(os.fsdecode(p) for p in arguments[:2] if isinstance(p, str | bytes | Path)))
+            self.passes(event, *(os.fsdecode(p) for p in arguments[:2] if isinstance(p, str | bytes | Path)))
 
-    def _passes(self, event: str, *paths: str) -> None:
+    def passes(self, event: str, *paths: str) -> None:
+        """One of the operations is about to happen."""
         if self._counts(event, *paths):
             self.act()
 

@@ -6,6 +6,7 @@ DeepSpeed and its launcher, at some moments, is in tests/launch and tests/soak.
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -148,7 +149,8 @@ def test_a_failure_of_one_rank_is_one_of_all(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(distributed, "gather_objects", gather)
     with pytest.raises(RunError) as caught:
         save(Checkpoints(root), 2)
-    assert "step_00000002 could not be written: rank 1: [Errno 28] No space left on device." in str(caught.value)
+    assert "step_00000002 could not be written: rank 1: [Errno 28] No space left on device (" in str(caught.value)
+    assert re.search(r"device \(\d+\.\d\d GiB free there\)\. The checkpoints before it", str(caught.value))
     assert (caught.value.exit_code, caught.value.everywhere) == (1, True)
     assert calls == 2
     assert names(root) == ["latest", "step_00000001"]

@@ -98,8 +98,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         name = self.root / partial.name.removeprefix(PARTIAL)
         raise RunError(
-            f"checkpoint {name} could not be written: {'; '.join(said)}. The checkpoints before it are untouched; "
-            "free space or mend the disk, then go on with --resume auto.",
+            f"checkpoint {name} could not be written: {'; '.join(said)} ({_free(self.root)} free there). The "
+            "checkpoints before it are untouched; free space or mend the disk, then go on with --resume auto.",
             everywhere=True,
         )
 
@@ -146,6 +146,14 @@ class Checkpoints:
         if self.limit:
             for folder in self.steps()[: -self.limit]:
                 remove_checkpoint(folder)
+
+
+def _free(folder: Path) -> str:
+    """Room on a disk: what torch says of a full one does not name it."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB"
+    except OSError:
+        return "it is not known how much is"
 
 
 @contextmanager

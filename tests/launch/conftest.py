@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
 
 
-def run(command: list[str], cwd: Path, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path, timeout: float = 900, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would, with its output as text."""
     full = environment() | variables
     return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)

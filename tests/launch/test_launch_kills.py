@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from kill_soak import Soak
+from kill_soak import PATIENCE, Soak
 
 from wmtp_ds.checkpoint_files import complete_checkpoints, leftovers, verify_manifest
 
@@ -18,7 +18,7 @@ def test_a_full_disk_and_kills_change_nothing_in_the_end(workspace: Path) -> Non
     # Rank 1 cannot write its shards at step 6: every rank stops, and rank 1's words are said once.
     process, log = run.start("killed", {"rank": 1, "save": 2, "limit": 20_000})
     ranks = run.ranks(process)
-    assert process.wait(300) == 1, log.read_text()
+    assert process.wait(PATIENCE) == 1, log.read_text()
     run.see_off(ranks, log)
     said = log.read_text()
     assert said.count("error: checkpoint") == 1, said

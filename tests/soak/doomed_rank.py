@@ -1,7 +1,7 @@
 """What the launcher starts in these tests: a rank as ever, that may be doomed.
 
 ``DOOM`` is JSON: {"rank": 1, "save": 2, "moment": 5} kills rank 1 before an operation on files in the second save
-of this process (half of the bytes are there where that is a write); {"rank": 1, "save": 2, "limit": 1000} lets no file
+of this process; {"rank": 1, "save": 2, "limit": 1000} lets no file
 of rank 1 grow beyond so many bytes in that save, as on a full disk.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from crash import Moments, kill
 
 from wmtp_ds.engine import Engine
@@ -31,10 +32,33 @@ def doom(order: dict[str, int]) -> None:
             if "limit" in order:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
             else:
-                Moments(folder.absolute(), order["moment"], kill).install()
+                moments = Moments(folder.absolute(), order["moment"], kill)
+                moments.install()
+                watch_torch(moments)
         SAVE(self, folder, *arguments, **keywords)
 
     Engine.save_state = save_state
+
+
+def watch_torch(moments: Moments) -> None:
+    """Shards are written from C++, tensor by tensor: each is a moment, too."""
+    save = torch.serialization._save
+
+    class Writer:
+        def __init__(self, file: Any):
+            self.file = file
+
+        def write_record(self, *arguments: Any) -> None:
+            moments.passes("write", moments.root)
+            self.file.write_record(*arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    def watched(values: Any, file: Any, *arguments: Any, **keywords: Any) -> None:
+        save(values, Writer(file), *arguments, **keywords)
+
+    torch.serialization._save = watched
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from wmtp_ds.launch import launch_environment, ranks_command
 HERE = Path(__file__).resolve().parent
 RANKS = 2
 # A run that hangs is a failure, not a reason to wait.
-PATIENCE = 300
+PATIENCE = 600
 SAVE_EVERY = 3
 KINDS = ("rank", "launcher", "while saving", "while starting")
 
