@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-from kill_soak import PATIENCE, Soak
+from kill_soak import PATIENCE, SAVE_EVERY, Soak
 
-from wmtp_ds.checkpoint_files import complete_checkpoints, leftovers, verify_manifest
+from wmtp_ds.checkpoint_files import complete_checkpoints, leftovers, step_name, verify_manifest
 
 pytestmark = pytest.mark.launch
 
 
 def test_a_full_disk_and_kills_change_nothing_in_the_end(workspace: Path) -> None:
-    run = Soak(workspace, "baseline", steps=15, seed=3)
+    run = Soak(workspace, "baseline", steps=18, seed=3)
     run.finish("peaceful")
     folder = run.folder("killed")
 
@@ -33,10 +33,13 @@ def test_a_full_disk_and_kills_change_nothing_in_the_end(workspace: Path) -> Non
     run.kill_once("rank")
     run.kill_once("while saving", {"rank": 1, "save": 1, "moment": 6})
     assert run.figures.kills == {"rank": 1, "while saving": 1}
-    assert [path.name for path in leftovers(folder)] == [".partial-step_00000006"]
+    newest = complete_checkpoints(folder)[-1]
+    (partial,) = leftovers(folder)
+    assert partial.name == f".partial-{step_name(int(newest.name[-8:]) + SAVE_EVERY)}"
+    cut_short = folder / partial.name.removeprefix(".partial-")
     said = run.finish("killed")
-    assert f"checkpoint {folder / 'step_00000006'} is incomplete: its saving was cut short; it is not used" in said
-    assert f"resumed from {folder / 'step_00000003'} at step 3 of 15" in said
+    assert f"checkpoint {cut_short} is incomplete: its saving was cut short; it is not used" in said
+    assert f"resumed from {newest} at step {int(newest.name[-8:])} of 18" in said
     run.compare()
     assert run.figures.files_lost == 0
     assert max(run.figures.steps_lost) <= 6
