@@ -5,13 +5,14 @@ PYTHON ?= python3
 RANKS ?= 2
 JOBS ?= 2
 
-.PHONY: help install demo test gpu-test lint format clean
+.PHONY: help install demo test soak gpu-test lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install, make data and models, train all four stages on the CPU, show the results"
 	@echo "make install  make $(VENV) with pinned versions"
 	@echo "make test     run the tests, in JOBS=2 processes"
+	@echo "make soak     the long versions: kills, faults and odd inputs by the hundred (about an hour)"
 	@echo "make gpu-test run the kernels' tests at real sizes on a GPU, and compute-sanitizer over some of them"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff mend what it can"
@@ -40,6 +41,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+soak: install
+	$(BIN)/python -m pytest -q -m soak
 
 # Every allocation is one of its own under the sanitizer, or it would take a neighbour's memory for an array's.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 3

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wmtp_ds import checkpoint, distributed
-from wmtp_ds.checkpoint import MANIFEST, Checkpoints, read_manifest, replace_folder, verify_manifest, write_manifest
+from wmtp_ds import checkpoint, checkpoint_files, distributed
+from wmtp_ds.checkpoint import Checkpoints
+from wmtp_ds.checkpoint_files import (
+    MANIFEST,
+    read_manifest,
+    replace_folder,
+    verify_manifest,
+    write_manifest,
+)
 from wmtp_ds.errors import RunError, UserError
 
 
@@ -40,7 +48,7 @@ class FakeEngine:
 
 
 def save(checkpoints: Checkpoints, step: int, engine: FakeEngine | None = None) -> Path:
-    return checkpoints.save(engine or FakeEngine(), step, {"step": step}, {"config.toml": f"# {step}\n"})  # type: ignore[arg-type]
+    return checkpoints.save(engine or FakeEngine(), step, {"step": step}, {"config.toml": f"# {step}\n"}, 8)  # type: ignore[arg-type]
 
 
 def names(root: Path) -> list[str]:
@@ -83,7 +91,10 @@ def test_the_manifest_lists_every_file_with_size_and_checksum(saved):
             relative = os.path.relpath(Path(folder, name), saved)
             expected[relative] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     del expected[MANIFEST]
-    assert manifest == {"step": 500, "world_size": 1, "files": expected}
+    own = {"step": 500, "world_size": 1, "global_batch": 8, "files": expected}
+    assert {name: manifest[name] for name in own} == own
+    assert set(manifest) == {*own, "saved", "checksum"}
+    assert abs(datetime.fromisoformat(manifest["saved"]) - datetime.now(UTC)) < timedelta(minutes=1)
     assert "shards/rank_0.pt" in expected
     assert read_manifest(saved) == manifest
     assert verify_manifest(saved) is None
@@ -98,15 +109,26 @@ def test_frozen_parameters_stay_out_where_asked(root):
 
 def test_restore(root, saved):
     engine = FakeEngine()
-    assert Checkpoints(root).restore(engine, saved) == {"step": 500}  # type: ignore[arg-type]
-    Checkpoints(root, exclude_frozen=True).restore(engine, saved)  # type: ignore[arg-type]
+    assert Checkpoints(root).restore(engine, saved, pytest.fail) == {"step": 500}  # type: ignore[arg-type]
+    Checkpoints(root, exclude_frozen=True).restore(engine, saved, pytest.fail)  # type: ignore[arg-type]
     assert engine.calls == [{"tag": "step_00000500", "strict": True}, {"tag": "step_00000500", "strict": False}]
 
 
-def test_restore_with_another_number_of_ranks(root, saved, monkeypatch):
+def test_another_number_of_ranks_gets_a_conversion_and_random_numbers_of_its_own(root, saved, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(UserError, match=r"step_00000500 was made by 1 ranks and this run has 4; .*--num_gpus 1"):
-        Checkpoints(root).restore(FakeEngine(), saved)  # type: ignore[arg-type]
+    monkeypatch.setattr(distributed, "on_main", lambda work: work())
+    monkeypatch.setattr(checkpoint, "convert", lambda folder: folder.parent / ".universal" / folder.name)
+    loaded = []
+
+    class Universal(FakeEngine):
+        def load_universal(self, folder: Path, tag: str) -> dict[str, Any]:
+            loaded.append((folder, tag))
+            return {"step": 500, "random": "of rank 0"}
+
+    said: list[str] = []
+    assert Checkpoints(root).restore(Universal(), saved, said.append) == {"step": 500}  # type: ignore[arg-type]
+    assert loaded == [(root / ".universal", "step_00000500")]
+    assert said == [f"{saved} was made by 1 ranks: converting it for 4"]
 
 
 def test_saving_a_step_again_replaces_it(root, saved):
@@ -223,7 +245,7 @@ def test_a_file_that_cannot_be_read(saved, monkeypatch):
     def fail(_: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint_files, "sha256", fail)
     assert str(verify_manifest(saved)).endswith("cannot be read: Input/output error")
 
 
@@ -374,5 +396,5 @@ def test_the_manifest_comes_after_everything_is_on_disk(tmp_path, monkeypatch):
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    write_manifest(tmp_path, 7)
-    assert synced == ["a", "b", f".{MANIFEST}.tmp", tmp_path.name, tmp_path.name]
+    write_manifest(tmp_path, step=7, world_size=1)
+    assert synced == ["a", "b", f".{MANIFEST}.tmp", tmp_path.name]

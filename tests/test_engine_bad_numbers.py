@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wmtp_ds import distributed, rank
 from wmtp_ds.engine import Engine
-from wmtp_ds.errors import JointError, RunError
+from wmtp_ds.errors import RunError
 
 
 class Scaler:
@@ -88,7 +88,7 @@ def test_without_a_loss_scale_no_overflow_is_its():
     assert not made.rescaled
 
 
-@pytest.mark.parametrize("error", [JointError("all of us"), RunError("this rank")])
+@pytest.mark.parametrize("error", [RunError("all of us", everywhere=True), RunError("this rank")])
 @pytest.mark.parametrize("main", [True, False])
 def test_what_all_ranks_raise_one_says_before_any_leaves(monkeypatch, capsys, error, main):
     order: list[str] = []
@@ -106,7 +106,7 @@ def test_what_all_ranks_raise_one_says_before_any_leaves(monkeypatch, capsys, er
     monkeypatch.setattr("os._exit", leave)
     with pytest.raises(SystemExit):
         rank.run_rank(work)
-    if isinstance(error, JointError):
+    if error.everywhere:
         said = "error: all of us\n" if main else ""
         assert order == [f"waited after {said!r}", "left with 1"]
     else:

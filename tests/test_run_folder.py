@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from wmtp_ds.checkpoint import MANIFEST, Checkpoints, write_manifest
+from wmtp_ds.checkpoint import Checkpoints
+from wmtp_ds.checkpoint_files import MANIFEST, write_manifest
 from wmtp_ds.errors import UserError
 from wmtp_ds.run_folder import RunFolder, is_main_process
 from wmtp_ds.run_summary import read_summary, write_summary
@@ -44,7 +45,7 @@ def add_checkpoint(root: Path, step: int) -> Path:
     folder = root / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "model.pt").write_bytes(b"weights" * step)
-    write_manifest(folder, step)
+    write_manifest(folder, step=step, world_size=1)
     (root / "latest").write_text(f"{folder.name}\n")
     return folder
 

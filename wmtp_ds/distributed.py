@@ -1,11 +1,15 @@
 """The process group, seen from above: every function also works in a single process without one."""
 
 import re
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from wmtp_ds.errors import UserError
 
 
 def initialized() -> bool:
@@ -79,6 +83,39 @@ def gather_arrays(tensor: Tensor) -> Tensor:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, tensor.cpu())
     return torch.cat(parts)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, by rank, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on rank 0, on every rank; the others wait for up to a day.
+
+    Raises:
+        UserError: on every rank, what ``work`` raises on rank 0.
+    """
+    if world_size() == 1:
+        return work()
+    # Of its own, because ranks that wait for another longer than the timeout of the group at large give up.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = work()
+        except UserError as error:
+            error.everywhere = True
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def barrier() -> None:

@@ -197,22 +197,46 @@ class Engine:
         return tensor
 
     def save_state(self, folder: Path, tag: str, state: dict[str, Any], *, exclude_frozen: bool) -> None:
-        """Write this rank's shards (and rank 0's part of the model state) to ``folder/tag``; no ``latest``."""
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=tag,
-            # One key of our own: others would overwrite the engine's fields.
-            client_state={"wmtp": state},
-            save_latest=False,
-            exclude_frozen_parameters=exclude_frozen,
-        )
+        """Write this rank's shards (and rank 0's part of the model state) to ``folder/tag``; no ``latest``.
+
+        Raises:
+            OSError, RuntimeError: if a file cannot be written, after DeepSpeed's collectives, so that a rank whose
+                disk is full leaves no other one waiting.
+        """
+        writer, failures = self._engine.checkpoint_engine, []
+
+        def save(*arguments: Any, **keywords: Any) -> None:
+            try:
+                type(writer).save(writer, *arguments, **keywords)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = save
+        # A copy of DeepSpeed's scripts in each run's folder; exports need none.
+        self._engine._copy_recovery_script = lambda _: None
+        try:
+            self._engine.save_checkpoint(
+                str(folder),
+                tag=tag,
+                # One key of our own: others would overwrite the engine's fields.
+                client_state={"wmtp": state},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen,
+            )
+        finally:
+            del writer.save
+        if failures:
+            raise failures[0]
 
     def load_state(self, folder: Path, tag: str, *, strict: bool) -> dict[str, Any]:
         """Restore weights, optimizer and schedule from ``folder/tag``; return this rank's state.
 
+        Learning rates, betas and weight decay stay those that this engine was made with.
+
         Raises:
             RunError: if the weights do not fit, or DeepSpeed loads nothing, which it does without raising.
         """
+        settings = self._settings()
         try:
             path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
         except RuntimeError as error:
@@ -223,8 +247,43 @@ class Engine:
         self._never_raise_for_loss_scale()  # the scaler is the checkpoint's now
         if path is None or "wmtp" not in client_state:
             raise RunError(f"checkpoint {folder / tag} could not be loaded; resume from another one (--resume PATH).")
+        self._apply(settings)
         state: dict[str, Any] = client_state["wmtp"]
         return state
+
+    def load_universal(self, folder: Path, tag: str) -> dict[str, Any]:
+        """As :meth:`load_state`, from a universal checkpoint, on any number of ranks; the state is rank 0's.
+
+        Frozen parameters stay as they are.
+        """
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            own = self.load_state(folder, tag, strict=False)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # DeepSpeed gives all groups one tensor to count Adam's steps in, which each of them would then count up.
+        for state in self._engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        return own
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Of each parameter group all but the parameters."""
+        groups = self._engine.optimizer.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def _apply(self, settings: list[dict[str, Any]]) -> None:
+        """Give each group its own settings: a universal load gives the first one's to all, any load those saved."""
+        groups, schedule = self._engine.optimizer.optimizer.param_groups, self._engine.lr_scheduler
+        for group, own in zip(groups, settings, strict=True):
+            group.update(own)
+        if schedule is None:
+            return
+        schedule.base_lrs = [group["initial_lr"] for group in groups]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, base, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+            group["lr"] = base * factor
+        schedule._last_lr = [group["lr"] for group in groups]
 
     def communication(self) -> list[tuple[Any, str]]:
         """Objects and names of their methods in which ZeRO-3 gathers and releases weights and reduces gradients.

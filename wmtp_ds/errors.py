@@ -8,6 +8,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    # Whether every rank raises it alike, so that one of them may speak for all.
+    everywhere = True
 
 
 class RunError(UserError):
@@ -15,6 +17,6 @@ class RunError(UserError):
 
     exit_code = 1
 
-
-class JointError(RunError):
-    """A failure at run time that every rank raises at the same moment: rank 0 alone says it."""
+    def __init__(self, message: str, *, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from wmtp_ds import distributed
-from wmtp_ds.checkpoint import replace_folder
+from wmtp_ds.checkpoint_files import PARTIAL, replace_folder
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine
 from wmtp_ds.errors import RunError
@@ -46,7 +46,7 @@ class Exporter:
             RunError: if a file cannot be written; the older export stays.
         """
         final = self._root / name
-        partial = self._root / f".partial-{name}"
+        partial = self._root / f"{PARTIAL}{name}"
         try:
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)

@@ -17,7 +17,7 @@ from wmtp_ds.bad_steps import BadStep, BadSteps, describe_lines
 from wmtp_ds.checkpoint import verify_manifest
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batch import Batch
-from wmtp_ds.errors import JointError
+from wmtp_ds.errors import RunError
 from wmtp_ds.run_data import RunData
 from wmtp_ds.stability import Stability, Verdict
 
@@ -76,7 +76,7 @@ class Guard:
             losses: each one's share of the loss.
 
         Raises:
-            JointError: if the run must not go on.
+            RunError: if the run must not go on.
         """
         if self.verdict == "bad":
             self._answer_bad(step, metrics, window, losses)
@@ -100,12 +100,13 @@ class Guard:
             return
         first, count = stability.streak[0][0], len(stability.streak)
         lines = sorted({line for _, of_step in stability.streak for line in of_step})
-        raise JointError(
+        raise RunError(
             f"stopped at step {step}: {count} step{'s' if count > 1 else ''} in a row had a loss or a gradient that is "
             f"not finite (stability.max_skipped_steps). Their updates were skipped: the weights are as before step "
             f"{first}. Look at {self._lines(lines)}; reports are in {self._bad_steps.folder}. If these rows are right, "
             f"training has diverged: lower training.learning_rate, or use bfloat16 or float32 if the model's dtype is "
-            f"float16, and {self._where_to_go_on()}"
+            f"float16, and {self._where_to_go_on()}",
+            everywhere=True,
         )
 
     def _answer_spike(
@@ -126,10 +127,11 @@ class Guard:
         goes_back = source is not None and not has_ended
         found = self._report(step, what, metrics, window, losses, passed_over=passed_over if goes_back else {})
         if has_ended:
-            raise JointError(
+            raise RunError(
                 f"stopped at step {step}: {what}, after {stability.rollbacks} rollbacks (stability.max_rollbacks). "
                 f"Look at {self._lines(found.lines)}; {found.place}. Lower training.learning_rate or "
-                f"training.max_grad_norm, or raise stability.spike_factor, and {self._where_to_go_on()}"
+                f"training.max_grad_norm, or raise stability.spike_factor, and {self._where_to_go_on()}",
+                everywhere=True,
             )
         self._say(f"warning: step {step}: a spike: {what}. {found.place}")
         if not goes_back:

@@ -28,7 +28,7 @@ import click
 
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.errors import UserError
-from wmtp_ds.resume import check_resume
+from wmtp_ds.resume import check_resume, fit_ranks
 from wmtp_ds.signals import ENDING
 
 SCRIPT = "bin/train_stage.py"
@@ -304,6 +304,7 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
     check_compiler(device, resolved.deepspeed(1))
     check_kernels(device)
     ids = device_ids(device, request.num_gpus, os.environ)
+    fit_ranks(resolved, request.resume, len(ids))
     return launcher_command(ids, request), launch_environment(device, os.environ)
 
 

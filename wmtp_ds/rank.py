@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from wmtp_ds.errors import JointError, UserError
+from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import (
     Place,
     Request,
@@ -138,10 +138,9 @@ def _say(error: Exception) -> int:
     if not isinstance(error, UserError):
         traceback.print_exception(error)
         return 1
-    is_joint = isinstance(error, JointError)
-    if distributed.is_main() or (error.exit_code == 1 and not is_joint):
+    if distributed.is_main() or not error.everywhere:
         click.echo(f"error: {error}", err=True)
-    if is_joint:
+    if error.everywhere and isinstance(error, RunError):
         distributed.barrier()  # the first rank to leave ends the others: not before it is said
     return error.exit_code
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TextIO
 
 from wmtp_ds import distributed
-from wmtp_ds.checkpoint import Checkpoints, verify_manifest
+from wmtp_ds.checkpoint import Checkpoints
+from wmtp_ds.checkpoint_files import checkpoint_folders, verify_manifest
 from wmtp_ds.errors import UserError
-from wmtp_ds.resume import checkpoint_folders, find_checkpoint
+from wmtp_ds.resume import find_checkpoint
 from wmtp_ds.run_summary import read_summary, why_not_a_runs_folder
 
 

@@ -1,7 +1,6 @@
 """One stage, from config to checkpoint: the loop that all stages share."""
 
 import math
-import random
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -36,7 +35,8 @@ from wmtp_ds.models.loading import load_policy
 from wmtp_ds.out_of_memory import explain, is_out_of_memory
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
-from wmtp_ds.resume import check_resume, same_table
+from wmtp_ds.random_state import random_state, restore_random
+from wmtp_ds.resume import check_resume, fit_ranks, same_table
 from wmtp_ds.rewards import fill_rewards
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
 from wmtp_ds.run_folder import RunFolder, is_main_process
@@ -66,6 +66,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
     """
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), resume)
     changes = check_resume(resolved, resume)
+    resolved, cut = fit_ranks(resolved, resume, world_size_from_launcher())
     check_models(resolved)
     data = open_data(resolved, world_size_from_launcher())
     critic = fetch_critic(resolved)
@@ -75,7 +76,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
         device = engine.start(resolve_device(resolved.config.runtime.device))
         fill_rewards(resolved, data, device)
         training = Training(resolved, data, folder, device, critic)
-        for change in changes:
+        for change in (*changes, *cut):
             training.display.say(f"changed since the checkpoint: {change}")
         return training.run(run_name or resolved.config.experiment.name)
     except Exception as error:
@@ -335,16 +336,15 @@ class Training:
             "stopper": distributed.broadcast_object(self.stopper.state_dict()),
             "run_id": distributed.broadcast_object(None if self.tracker is None else self.tracker.run_id),
             "validation": self.validation,
-            "random": {"python": random.getstate(), "torch": torch.get_rng_state()},
+            "random": random_state(self.device),
         }
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
         files = {"config.toml": self.resolved.toml()}
-        self.guard.came_by(self.checkpoints.save(self.engine, self.progress.step, state, files))
+        saved = self.checkpoints.save(self.engine, self.progress.step, state, files, self.data.plan.global_batch)
+        self.guard.came_by(saved)
 
     def _restore(self, source: Path) -> str | None:
         """Go on from a checkpoint; returns the id of its tracked run."""
-        state = self.checkpoints.restore(self.engine, source)
+        state = self.checkpoints.restore(self.engine, source, self.display.say)
         self.progress = Progress(**state["progress"])
         # A run that had stopped early goes on if the conditions are others now.
         self.progress.stopped &= same_table(source, self.resolved, "early_stopping")
@@ -352,10 +352,7 @@ class Training:
         self.guard.load_state_dict(state["guard"])
         self.guard.came_by(source)
         self.validation = state["validation"]
-        random.setstate(state["random"]["python"])
-        torch.set_rng_state(state["random"]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        restore_random(state.get("random"), self.device, (self.config.runtime.seed, self.progress.step))
         self.display.say(f"resumed from {source} at step {self.progress.step} of {self.data.total_steps}")
         run_id: str | None = state["run_id"]
         return run_id

@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
 
 
-def run(command: list[str], cwd: Path, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path, timeout: float = 900, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would, with its output as text."""
     full = environment() | variables
     return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
@@ -57,7 +57,11 @@ def write_rows(file: Path, count: int, seed: int) -> None:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a checkout with the micro models and small data in it."""
-    root = tmp_path_factory.mktemp("workspace")
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def make_workspace(root: Path) -> Path:
+    """Fill an empty folder as `workspace` says."""
     for name in ("stage_configs", "ds_configs", "bin"):
         (root / name).symlink_to(REPOSITORY / name)
     write_rows(root / "storage/data/sample/train.jsonl", 96, seed=0)

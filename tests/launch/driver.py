@@ -1,7 +1,7 @@
 """What ranks run in these tests: several runs, one after another.
 
 Each job is a stage config with overrides, run by the function that ``bin/train_stage.py`` runs. ``stop_after`` makes
-it see a SIGTERM while it takes that step, as if one had come.
+it see a SIGTERM while it takes that step, as if one had come; ``record`` writes down the rows of each step.
 """
 
 import json
@@ -13,9 +13,12 @@ import fifth_stage
 import torch
 
 import wmtp_ds.train
+from wmtp_ds import distributed
 from wmtp_ds.launch import Place, Request
 from wmtp_ds.rank import quiet
 from wmtp_ds.signals import Interruption
+
+TRAINING = wmtp_ds.train.Training
 
 
 def interrupted_after(steps: int) -> type[Interruption]:
@@ -36,6 +39,22 @@ def interrupted_after(steps: int) -> type[Interruption]:
     return Scheduled
 
 
+class Recorded(wmtp_ds.train.Training):
+    """Writes the rows that this rank reads in each step beside the checkpoints, and saves at once what it resumes."""
+
+    def _restore(self, source: Path) -> str | None:
+        run_id = super()._restore(source)
+        self._save()
+        return run_id
+
+    def take_step(self, window: list, *arguments: object, **keywords: object) -> int:
+        rows = [row for batch in window for row in batch.row_ids.tolist()]
+        line = json.dumps({"step": self.progress.step + 1, "rows": rows})
+        with (self.folder.root / f"rows-{distributed.rank()}.jsonl").open("a") as stream:
+            stream.write(line + "\n")
+        return super().take_step(window, *arguments, **keywords)
+
+
 def main() -> None:
     """Run the jobs of a JSON file; write each one's exit code beside its checkpoints."""
     jobs_file = Path(sys.argv[-1])
@@ -46,6 +65,7 @@ def main() -> None:
     for job in json.loads(jobs_file.read_text()):
         resolved = Request(stage=job["stage"], config=Path(job["config"]), override=tuple(job["override"])).load()
         stop_after = job.get("stop_after")
+        wmtp_ds.train.Training = Recorded if job.get("record") else TRAINING
         wmtp_ds.train.Interruption = interrupted_after(stop_after) if stop_after else Interruption
         code = wmtp_ds.train.train(resolved, resume=job.get("resume", "never"))
         assert code == (143 if stop_after else 0), f"{job} ended with {code}"

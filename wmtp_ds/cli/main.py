@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "model": ("wmtp_ds.cli.model:model", "Make and inspect models."),
     "data": ("wmtp_ds.cli.data:data", "Make and import training data."),
     "bench": ("wmtp_ds.cli.bench:bench", "Measure the loss kernels and whole training steps."),
+    "checkpoint": ("wmtp_ds.cli.checkpoint:checkpoint", "List, verify and prune the checkpoints of runs."),
     "track": ("wmtp_ds.cli.track:track", "Work with the metrics of runs."),
     "plan": ("wmtp_ds.cli.plan:plan", "Work out the memory that a config takes."),
     "doctor": ("wmtp_ds.cli.doctor:doctor", "Look for what this machine lacks to train."),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,21 @@ class Resolved:
         config: the values, frozen and typed; passwords in it are the real ones.
         origins: of each value (by dotted key) the layer and the place that set it.
         warnings: what is allowed but worth knowing.
+        given: the values as they were given, where `cut` has replaced some; `flat`, `toml` and `hash` tell these.
     """
 
     path: Path
     config: RunConfig
     origins: dict[str, Origin]
     warnings: list[Problem]
+    given: RunConfig | None = None
+
+    def cut(self, batch_size: int, accumulation: int) -> "Resolved":
+        """The same run with its global batch cut otherwise, for another number of ranks."""
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        training = self.config.training.model_copy(update=sizes)
+        config = self.config.model_copy(update={"training": training})
+        return replace(self, config=config, given=self.given or self.config)
 
     def flat(self) -> dict[str, object]:
         """Every value that the stage has, by dotted key, without unset ones; credentials in URLs are masked.
@@ -45,11 +54,11 @@ class Resolved:
         Items of a list of tables have their index as a part of the key (``curriculum_schedule.0.epoch_range``),
         so that every key is a name that MLflow takes. Values are texts, numbers, booleans, and lists of these.
         """
-        return {".".join(map(str, path)): value for path, value in _leaves(plain_values(self.config), ())}
+        return {".".join(map(str, path)): value for path, value in _leaves(plain_values(self.given or self.config), ())}
 
     def toml(self) -> str:
         """The resolved config as TOML, without references; it loads to the same values. Credentials are masked."""
-        return "\n\n".join(_tables(plain_values(self.config), "")) + "\n"
+        return "\n\n".join(_tables(plain_values(self.given or self.config), "")) + "\n"
 
     def hash(self) -> str:
         """The first 16 hex digits of a SHA-256 over `flat`: equal for equal values, whatever layers they came from."""

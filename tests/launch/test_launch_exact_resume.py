@@ -1,0 +1,141 @@
+"""Twenty steps at once, and ten and ten: every stage ends with the same bits, rank by rank.
+
+The checkpoint lies in the middle of an epoch, of a phase of the curriculum, of the schedule of learning rates and of an
+early-stopping count, and every step has two micro-batches.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from kill_soak import make_critic, metrics, plain, same
+from safetensors.torch import load_file
+from test_launch_parity import start
+
+from wmtp_ds.config import load_config
+from wmtp_ds.optimization import lr_schedule
+from wmtp_ds.run_data import open_data
+
+pytestmark = pytest.mark.launch
+
+STEPS, MIDDLE, SHORT = 20, 10, 12
+PHASES = (
+    "["
+    + ", ".join(
+        f"{{epoch_range=[{begin}, {end}], difficulty_weights={{low={low}, medium=0.2, high={0.8 - low}}}}}"
+        for begin, end, low in ((0.0, 0.3, 0.7), (0.3, 0.7, 0.4), (0.7, 1.0, 0.1))
+    )
+    + "]"
+)
+STAGES = ("baseline", "critic", "verifiable", "rho1")
+
+
+def job(root: Path, stage: str, folder: str, **keywords: object) -> dict:
+    override = [
+        f'checkpoint.save_dir="checkpoints/{stage}-{folder}"',
+        f"training.max_steps={STEPS}",
+        "training.n_epochs=4.0",
+        "data_sampling.n_samples=24",  # six steps an epoch
+        "training.batch_size=1",
+        "training.gradient_accumulation_steps=2",
+        "training.log_interval=1",
+        "training.eval_interval=7",
+        f"checkpoint.save_checkpoint_every={MIDDLE / 6}",
+        "checkpoint.save_best=false",
+        "early_stopping.enabled=true",
+        "early_stopping.patience=1000",
+        'mlflow.tracking_uri=""',
+    ]
+    if stage != "baseline":  # whose epochs are permutations
+        override += ["data_sampling.curriculum_learning=true", f"data_sampling.curriculum_schedule={PHASES}"]
+    if stage == "verifiable":
+        override.append(f'experiment.critic_checkpoint="{make_critic(root)}"')
+    config = f"stage_configs/local/{stage}.toml"
+    return {"stage": stage, "config": config, "override": override, "record": True} | keywords
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Path:
+    """Each stage from beginning to end, and again from its checkpoint in the middle."""
+    jobs = [job(workspace, stage, "straight") for stage in STAGES]
+    for stage in STAGES:
+        jobs.append(job(workspace, stage, "resumed", resume=f"checkpoints/{stage}-straight/step_{MIDDLE:08d}"))
+    changed = job(workspace, "baseline", "changed", resume=f"checkpoints/baseline-straight/step_{MIDDLE:08d}")
+    changed["override"] += ["training.learning_rate=5e-4", "training.weight_decay=0.3", f"training.max_steps={SHORT}"]
+    jobs.append(changed)
+    start(workspace, jobs, 2)
+    return workspace / "checkpoints"
+
+
+def test_what_may_change_is_not_the_checkpoints_to_decide(trained: Path) -> None:
+    """The learning rate and the decay that the config says now, on the schedule of the steps that it says now."""
+    found = metrics(trained / "baseline-changed")
+    config = load_config(trained.parent / "stage_configs/local/baseline.toml", checks=False).config.training
+    factor = lr_schedule(config.scheduler, SHORT, config.warmup_ratio)
+    assert {step: values["optim/lr"] for step, values in found.items()} == {
+        step: 5e-4 * factor(step - 1) for step in (MIDDLE + 1, MIDDLE + 2)
+    }
+    file = next((trained / "baseline-changed" / f"step_{SHORT:08d}").glob("*_optim_states.pt"))
+    groups = plain(file)["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert {group["initial_lr"] for group in groups} == {5e-4}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_rates_and_metrics(trained: Path, stage: str) -> None:
+    straight, resumed = metrics(trained / f"{stage}-straight"), metrics(trained / f"{stage}-resumed")
+    assert sorted(straight) == list(range(1, STEPS + 1))
+    assert sorted(resumed) == list(range(MIDDLE + 1, STEPS + 1))
+    for step, values in resumed.items():
+        assert values == straight[step], step
+        assert {"train/loss", "optim/lr", "optim/grad_norm"} <= values.keys()
+    assert "val/loss" in resumed[14]
+    assert len({values["optim/lr"] for values in resumed.values()}) == STEPS - MIDDLE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sampled_rows(trained: Path, stage: str, rank: int) -> None:
+    def rows(folder: str) -> list[tuple[int, list[int]]]:
+        lines = (trained / f"{stage}-{folder}" / f"rows-{rank}.jsonl").read_text().splitlines()
+        return [(record["step"], record["rows"]) for record in map(json.loads, lines)]
+
+    straight = rows("straight")
+    assert [step for step, _ in straight] == list(range(1, STEPS + 1))
+    assert rows("resumed") == straight[MIDDLE:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_optimizer_schedule_and_random_numbers(trained: Path, stage: str) -> None:
+    """All that DeepSpeed and we have saved, of both ranks: when it was loaded, and at the end."""
+    for step in (MIDDLE, STEPS):
+        files = sorted((trained / f"{stage}-straight" / f"step_{step:08d}").glob("*_states.pt"))
+        assert len(files) == 4
+        for file in files:
+            expected = plain(file)
+            same(plain(trained / f"{stage}-resumed" / file.parent.name / file.name), expected, f"{step} {file.name}")
+            if file.name.endswith("model_states.pt"):
+                assert expected["lr_scheduler"]["last_epoch"] == step
+                assert expected["wmtp"]["stopper"]
+                assert {"python", "torch"} <= expected["wmtp"]["random"].keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exports(trained: Path, stage: str) -> None:
+    files = sorted((trained / f"{stage}-straight" / "checkpoint_final").glob("*.safetensors"))
+    assert files
+    for file in files:
+        same(load_file(trained / f"{stage}-resumed" / "checkpoint_final" / file.name), load_file(file), file.name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_checkpoint_lies_in_the_middle_of_everything(
+    workspace: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    spec = job(workspace, stage, "straight")
+    data = open_data(load_config(Path(spec["config"]), spec["override"]), world_size=2)
+    assert data.total_steps == STEPS
+    assert MIDDLE % data.steps_per_epoch not in (0.0, 5.0)
+    assert data.plan.phase(MIDDLE - 1) == data.plan.phase(MIDDLE) == data.plan.phase(MIDDLE + 1)
+    assert len(data.plan.phases) == (1 if stage == "baseline" else 3)

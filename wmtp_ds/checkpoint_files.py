@@ -1,0 +1,231 @@
+"""The files of checkpoints: what makes one complete, what is sound, what a crash has left. Imports no torch.
+
+A checkpoint is a folder ``step_…`` with a manifest, written last, that lists every file with size and SHA-256. What is
+not finished has another name, and what is removed gets another name first, so that under ``step_…`` lie whole
+checkpoints only, whenever a process ends.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from wmtp_ds.errors import UserError
+
+STEP_PREFIX = "step_"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+# Names of what is being written, replaced and removed; and of checkpoints made ready for another number of ranks.
+PARTIAL, REPLACED, REMOVED = ".partial-", ".old-", ".removed-"
+CONVERTED = ".universal"
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Every checkpoint in a run's folder, complete or not, oldest first."""
+    return sorted(folder for folder in root.glob(f"{STEP_PREFIX}*") if folder.is_dir())
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the manifest that is written last; not whether its files are sound."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; completeness is the manifest's presence, not its truth.
+
+    Steps beyond ``latest`` were left behind by a resume from an earlier checkpoint (of choice, or because they are
+    damaged): they count as older than all others, lest they be resumed from or outlive newer ones.
+    """
+    folders = [folder for folder in checkpoint_folders(root) if is_complete(folder)]
+    latest = read_latest(root)
+    return folders if latest is None else sorted(folders, key=lambda folder: (folder.name <= latest, folder.name))
+
+
+def read_latest(root: Path) -> str | None:
+    """The name of the checkpoint that was saved last; None if it is not known."""
+    try:
+        return (root / LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def unfinished_saves(root: Path) -> list[str]:
+    """Names of the checkpoints whose saving has not come to its end, oldest first."""
+    partial = {folder.name.removeprefix(PARTIAL) for folder in root.glob(f"{PARTIAL}{STEP_PREFIX}*")}
+    return sorted(partial | {folder.name for folder in checkpoint_folders(root) if not is_complete(folder)})
+
+
+# --- manifests ---
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """List every file of a folder with size and SHA-256, synced to disk: from here on the folder is complete.
+
+    Args:
+        folder: all is written there.
+        facts: what else the manifest says; a checkpoint's has ``step``, ``world_size`` and ``global_batch``.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.name != MANIFEST:
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            _sync_file(path)
+    manifest = {**facts, "saved": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1) + "\n")
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all else that a manifest says."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        UserError: if there is none, it is damaged, or it names files outside the folder.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if type(manifest["world_size"]) is not int:
+            raise ValueError("its world_size is no number")
+        if not manifest["files"]:
+            raise ValueError("it lists no file")
+        for name, entry in manifest["files"].items():
+            if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"its entry of {name} is malformed")
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+                raise ValueError(f"{name!r} lies outside the checkpoint")
+        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+            raise ValueError("it has changed: its checksum differs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    return manifest
+
+
+def verify_manifest(folder: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, compared with its manifest; None if nothing is.
+
+    Args:
+        folder: the checkpoint.
+        contents: False compares presence and sizes alone, and the contents of the config: it takes no time.
+    """
+    try:
+        for name, entry in read_manifest(folder)["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if not file.resolve().is_relative_to(folder.resolve()):
+                return f"{name} is a link that leads out of the checkpoint"
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+            if (contents or name == "config.toml") and sha256(file) != entry["sha256"]:
+                return f"{name} has changed: its SHA-256 differs"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+# --- what a crash has left ---
+
+
+def put_back(root: Path) -> None:
+    """Undo what a crash in the middle of `replace_folder` has left: the old folder gets its name back."""
+    for old in root.glob(f"{REPLACED}*"):
+        if not (final := root / old.name.removeprefix(REPLACED)).exists():
+            old.rename(final)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What no one will use again: unfinished and half removed folders, and conversions of what is gone."""
+    found = [path for prefix in (PARTIAL, REMOVED) for path in root.glob(f"{prefix}*")]
+    found += [path for path in root.glob(f"{REPLACED}*") if (root / path.name.removeprefix(REPLACED)).exists()]
+    found += root.glob(f".{LATEST}.tmp")  # others may be the tracker's, which writes at any time
+    found += [path for path in root.glob(f"{CONVERTED}/*") if not is_complete(root / path.name)]
+    return sorted(found)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a crash has left; nothing else may be writing to the folder."""
+    put_back(root)
+    for path in leftovers(root):
+        _remove(path)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint and what was converted from it; a crash leaves no half of it under its name."""
+    removed = folder.with_name(f"{REMOVED}{folder.name}")
+    _remove(removed)
+    folder.rename(removed)
+    _remove(removed)
+    _remove(folder.parent / CONVERTED / folder.name)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one; a crash leaves one or the other whole."""
+    old = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        _remove(old)
+        final.rename(old)
+    partial.rename(final)
+    sync_folder(final.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- files ---
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def sha256(file: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is there with all of its text, or as it was before, whenever the machine stops."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    _sync_file(temporary)
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
