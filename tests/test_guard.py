@@ -18,7 +18,7 @@ from wmtp_ds.checkpoint import write_manifest
 from wmtp_ds.cli.train import train as train_command
 from wmtp_ds.config import load_config
 from wmtp_ds.data.index import build_index
-from wmtp_ds.errors import JointError, RunError
+from wmtp_ds.errors import RunError
 from wmtp_ds.guard import Guard
 from wmtp_ds.stability import CONSTANT_STEPS
 
@@ -164,7 +164,7 @@ def test_too_many_in_a_row_stop_with_the_rows(here: Path) -> None:
     run.step(5, NAN, 1.0)
     run.step(6, 1.0, 1.0)
     run.step(7, 1.0, NAN)
-    with pytest.raises(JointError) as caught:
+    with pytest.raises(RunError) as caught:
         run.step(8, math.inf, 1.0)
     assert isinstance(caught.value, RunError)
     assert caught.value.exit_code == 1
@@ -277,7 +277,7 @@ def test_too_many_rollbacks_stop(here: Path) -> None:
     run.step(3, 9.0, 0.5)
     run.roll_back()
     run.step(4, 0.5, 0.5)
-    with pytest.raises(JointError) as caught:
+    with pytest.raises(RunError) as caught:
         run.step(5, 9.0, 0.5)
     assert str(caught.value).startswith("stopped at step 5: the loss 9.5 is above 3")
     assert "after 1 rollbacks (stability.max_rollbacks)" in str(caught.value)

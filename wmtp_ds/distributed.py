@@ -67,15 +67,6 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's ``value``, in the order of ranks, on all of them."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def gather_arrays(tensor: Tensor) -> Tensor:
     """Concatenate every rank's tensor along dimension 0, which may differ in length; on all ranks."""
     if world_size() == 1:
