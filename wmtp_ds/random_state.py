@@ -13,6 +13,12 @@ import torch
 from wmtp_ds import distributed
 
 
+def seed_random(seed: int) -> None:
+    """Begin the streams of Python and of every torch device."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """This rank's state."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
@@ -31,9 +37,7 @@ def restore_random(state: dict[str, Any] | None, device: torch.device, origin: t
     """
     if state is None:
         digest = hashlib.sha256(repr((*origin, distributed.rank(), distributed.world_size())).encode()).digest()
-        seed = int.from_bytes(digest[:8], "big")
-        random.seed(seed)
-        torch.manual_seed(seed)  # of every device
+        seed_random(int.from_bytes(digest[:8], "big"))
         return
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])

@@ -35,7 +35,7 @@ from wmtp_ds.models.loading import load_policy
 from wmtp_ds.out_of_memory import explain, is_out_of_memory
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
-from wmtp_ds.random_state import random_state, restore_random
+from wmtp_ds.random_state import random_state, restore_random, seed_random
 from wmtp_ds.resume import check_resume, fit_ranks, same_table
 from wmtp_ds.rewards import fill_rewards
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
@@ -119,7 +119,7 @@ class Training:
         self.resolved, self.config, self.data, self.folder, self.device = resolved, config, data, folder, device
         self.main = distributed.is_main()
         self.display = Display(self.main, data.total_steps)
-        torch.manual_seed(config.runtime.seed)
+        seed_random(config.runtime.seed)
         self.stage = make_stage(config.experiment.stage, config.training)
         self.reference = build_reference(resolved, load)
         self.engine = build_engine(resolved, self.stage, critic, data.total_steps, load)
