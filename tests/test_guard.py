@@ -58,7 +58,7 @@ class Run:
         folder = self.root / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps(self.guard.state_dict()))
-        write_manifest(folder, step)
+        write_manifest(folder, step=step, world_size=1, global_batch=8)
         self.guard.came_by(folder)
         return folder
 
