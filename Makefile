@@ -40,7 +40,7 @@ demo: install
 	$(BIN)/python experiments/demo.py --ranks $(RANKS)
 
 test: install
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
 
 soak: install
 	$(BIN)/python -m pytest -q -m soak
