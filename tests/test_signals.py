@@ -71,3 +71,30 @@ def test_a_rank_does_not_outlive_its_launcher():
         time.sleep(0.02)
     os.kill(orphan, signal.SIGKILL)
     pytest.fail("it trains on")
+
+
+@pytest.mark.parametrize(("launched", "code"), [(True, -signal.SIGTERM), (False, 0)])
+def test_a_rank_whose_launcher_is_gone_already_ends(launched: bool, code: int) -> None:
+    """Killed while the rank was still importing: nobody will send it a signal."""
+    rank = (
+        "import os, time\n"
+        "while os.getppid() == int(os.environ['PARENT']): time.sleep(0.01)\n"
+        "from wmtp_ds.signals import die_with_parent\n"
+        "adopted = os.getppid() == 1\n"
+        "child = os.fork()\n"  # its end is what the test can see
+        "if not child:\n"
+        "    os.getppid = lambda: 1\n"
+        "    die_with_parent()\n"
+        "    os._exit(0)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+    )
+    launcher = (
+        "import os, subprocess, sys\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]], env=os.environ | {'PARENT': str(os.getpid())})\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "CROSS_RANK"}
+    environment = kept | ({"CROSS_RANK": "0"} if launched else {})
+    done = subprocess.run(
+        [sys.executable, "-c", launcher, rank], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert int(done.stdout) == code, done.stderr

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -51,6 +52,21 @@ class Interruption:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, so that no rank trains on as an orphan (Linux)."""
+    """Ask the kernel for SIGTERM when the launcher dies, so that no rank trains on as an orphan (Linux).
+
+    A launcher that has died before this was asked for can no longer be waited for: then it ends now.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if "CROSS_RANK" in os.environ and _is_adopted():  # DeepSpeed's launcher has set it
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_adopted() -> bool:
+    """Whether this process has been handed to the one that takes in orphans."""
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return (parent == 1 or command.startswith((b"/lib/systemd/", b"/usr/lib/systemd/"))) and b"deepspeed" not in command
