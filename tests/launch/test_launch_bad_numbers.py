@@ -265,7 +265,7 @@ def test_too_many_in_a_row_stop_also_across_a_resume(ran) -> None:
     root, ends, _ = ran
     assert ends["endless"] == 143
     end = str(ends["endless-on"])
-    assert end.startswith("JointError: stopped at step 4: 3 steps in a row had a loss or a gradient that is not finite")
+    assert end.startswith("RunError: stopped at step 4: 3 steps in a row had a loss or a gradient that is not finite")
     lines = sorted(line for step in (2, 3, 4) for line in report(root, "endless", step)["lines_to_look_at"])
     assert len(lines) == 3
     assert f"Look at lines {', '.join(map(str, lines))} of storage/data/sample/train.jsonl" in end
