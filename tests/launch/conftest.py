@@ -1,6 +1,5 @@
-"""Workspaces with small data and models, and the real launcher."""
+"""Workspaces with small data and models, and commands."""
 
-import base64
 import json
 import os
 import random
@@ -9,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from wmtp_ds.launch import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -27,13 +24,6 @@ def run(command: list[str], cwd: Path, timeout: float = 900, **variables: str) -
     """Run a command as a user would, with its output as text."""
     full = environment() | variables
     return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout)
-
-
-def launcher(ranks: int) -> list[str]:
-    """DeepSpeed's launcher on this node, for a script; the `deepspeed` front would only read it a host file first."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
-    options = [f"--world_info={world}", f"--master_port={free_port()}", "--log_level=error"]
-    return [sys.executable, "-m", "deepspeed.launcher.launch", *options]
 
 
 def write_rows(file: Path, count: int, seed: int) -> None:

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launcher, run
+from conftest import REPOSITORY, run
 from mlflow import MlflowClient
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_launch_packing import make_critic
 from transformers import AutoTokenizer
@@ -134,12 +135,12 @@ def ran(workspace: Path) -> tuple[Path, dict[str, int | str], str]:
     root = workspace / "bad-numbers"
     root.mkdir()
     (root / "jobs.json").write_text(json.dumps(list(jobs().values())))
-    driver = str(Path(__file__).with_name("faulty_driver.py"))
-    done = run([*launcher(RANKS), driver, str(root / "jobs.json")], workspace, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    driver = Path(__file__).with_name("faulty_driver.py")
+    done = run_ranks(driver, [str(root / "jobs.json")], RANKS, workspace, timeout=600)
+    assert done.returncode == 0, done.stdout
     assert done.stdout.count("all jobs done") == RANKS
     ends = dict(zip(jobs(), json.loads((root / "ends.json").read_text()), strict=True))
-    return root, ends, done.stderr
+    return root, ends, done.stdout
 
 
 @pytest.fixture
