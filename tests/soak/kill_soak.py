@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -229,13 +230,27 @@ class Soak:
 
 
 def plain(file: Path) -> Any:
-    """What a shard holds, without what depends on the clock or on where it lies."""
+    """What a shard holds, without what depends on the clock, on where it lies, and on what memory held before."""
     shard = torch.load(file, weights_only=False)
     shard.pop("ds_config", None)
     progress = shard.get("wmtp", {}).get("progress", {})
     for name in ("seconds", "waited"):
         progress.pop(name, None)
+    if file.name.endswith("_optim_states.pt"):
+        clear_padding(shard["optimizer_state_dict"]["fp32_flat_groups"], file)
     return shard
+
+
+def clear_padding(flat: list[torch.Tensor], file: Path) -> None:
+    """A parameter that the ranks cannot share evenly ends with places of no parameter, which nobody ever sets."""
+    model = torch.load(file.with_name(file.name.replace("_optim_", "_model_")), weights_only=False)
+    rank, ranks = int(re.search(r"rank_(\d+)_mp", file.name)[1]), model["dp_world_size"]
+    for group, shapes in zip(flat, model["param_shapes"], strict=True):
+        offset = 0
+        for shape in shapes.values():
+            share = -(-shape.numel() // ranks)
+            group.data[offset + max(0, min(share, shape.numel() - rank * share)) : offset + share] = 0
+            offset += share
 
 
 def same(found: Any, expected: Any, where: str) -> None:
