@@ -245,7 +245,7 @@ def test_a_file_that_cannot_be_read(saved, monkeypatch):
     def fail(_: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_files, "sha256", fail)
+    monkeypatch.setattr(checkpoint_files, "sha256_of", fail)
     assert str(verify_manifest(saved)).endswith("cannot be read: Input/output error")
 
 

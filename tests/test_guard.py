@@ -14,7 +14,7 @@ import torch
 
 from wmtp_ds import distributed
 from wmtp_ds.bad_steps import NO_ROW
-from wmtp_ds.checkpoint import write_manifest
+from wmtp_ds.checkpoint_files import write_manifest
 from wmtp_ds.cli.train import train as train_command
 from wmtp_ds.config import load_config
 from wmtp_ds.data.index import build_index
@@ -177,7 +177,7 @@ def test_too_many_in_a_row_stop_with_the_rows(here: Path) -> None:
 
 
 def test_a_full_disk_is_no_reason_to_stop(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, text: str) -> None:
+    def full(self: Path, text: str, **_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     run = Run(here)

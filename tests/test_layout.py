@@ -4,6 +4,7 @@ import ast
 import importlib.machinery
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,17 @@ print(json.dumps([sorted(unwanted), wmtp_kernels.__file__]))
 def test_engine_is_the_only_file_that_imports_deepspeed():
     assert importers("deepspeed", PACKAGE) == {"wmtp_ds/engine.py"}
     assert importers("deepspeed", REPOSITORY / "bin") == importers("deepspeed", REPOSITORY / "experiments") == set()
+
+
+def test_ranks_do_not_wait_for_mlflow():
+    """DeepSpeed's autotuner would import it in every rank; only rank 0 uses it, and in a thread of its own."""
+    code = (
+        "import sys; from wmtp_ds import engine; import wmtp_ds.train; engine._import_deepspeed(); "
+        "assert 'mlflow' not in sys.modules; import mlflow; print(mlflow.__name__)"
+    )
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().splitlines()[-1:] == ["mlflow"], done.stderr
 
 
 @pytest.mark.parametrize(

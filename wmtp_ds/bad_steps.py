@@ -19,6 +19,7 @@ from wmtp_ds import distributed
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batch import NO_ROW, Batch
 from wmtp_ds.data.index import DataIndex
+from wmtp_ds.files import write_atomically
 
 FOLDER = "bad_steps"
 
@@ -131,13 +132,8 @@ class BadSteps:
 
     def _write(self, file: Path, report: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path, text in (
-            (self.config_file, self._resolved.toml()),
-            (file, json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"),
-        ):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+        write_atomically(self.config_file, self._resolved.toml())
+        write_atomically(file, json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
 
 
 def again_command(

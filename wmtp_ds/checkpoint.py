@@ -25,11 +25,11 @@ from wmtp_ds.checkpoint_files import (
     step_name,
     unfinished_saves,
     verify_manifest,
-    write_atomically,
     write_manifest,
 )
 from wmtp_ds.engine import Engine
 from wmtp_ds.errors import RunError
+from wmtp_ds.files import write_atomically
 from wmtp_ds.universal import convert
 
 

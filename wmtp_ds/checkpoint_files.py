@@ -7,13 +7,13 @@ checkpoints only, whenever a process ends.
 
 import hashlib
 import json
-import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import sha256_of, sync, write_atomically
 
 STEP_PREFIX = "step_"
 MANIFEST = "manifest.json"
@@ -26,6 +26,12 @@ CONVERTED = ".universal"
 def step_name(step: int) -> str:
     """The name of a step's folder."""
     return f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name says; None if the name is none of ours."""
+    number = name.removeprefix(STEP_PREFIX)
+    return int(number) if number != name and number.isdecimal() else None
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -76,10 +82,10 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
-            sync_folder(path)
+            sync(path)
         elif path.name != MANIFEST:
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-            _sync_file(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+            sync(path)
     manifest = {**facts, "saved": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
     write_atomically(folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1) + "\n")
 
@@ -132,7 +138,7 @@ def verify_manifest(folder: Path, *, contents: bool = True) -> str | None:
                 return f"{name} is a link that leads out of the checkpoint"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-            if (contents or name == "config.toml") and sha256(file) != entry["sha256"]:
+            if (contents or name == "config.toml") and sha256_of(file) != entry["sha256"]:
                 return f"{name} has changed: its SHA-256 differs"
     except UserError as error:
         return str(error)
@@ -183,7 +189,7 @@ def replace_folder(partial: Path, final: Path) -> None:
         _remove(old)
         final.rename(old)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     _remove(old)
 
 
@@ -200,32 +206,3 @@ def _remove(path: Path) -> None:
 def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def sha256(file: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is there with all of its text, or as it was before, whenever the machine stops."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    _sync_file(temporary)
-    temporary.replace(file)
-    sync_folder(file.parent)
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from wmtp_ds.checkpoint_files import (
     read_manifest,
     remove_checkpoint,
     remove_leftovers,
+    step_of,
     verify_manifest,
 )
 from wmtp_ds.errors import UserError
@@ -75,8 +76,7 @@ class PruneReport:
 def inspect(folder: Path, *, contents: bool) -> Listing:
     """Look at a checkpoint; with ``contents`` every byte of it is read."""
     name = folder.name.removeprefix(PARTIAL)
-    number = name.removeprefix(STEP_PREFIX)
-    step, world_size, saved = int(number) if number.isdecimal() else None, None, None
+    world_size, saved = None, None
     partial = folder.name.startswith(PARTIAL) or not is_complete(folder)
     problem = "its saving was cut short: it has no manifest" if partial else verify_manifest(folder, contents=contents)
     if not partial:
@@ -90,7 +90,7 @@ def inspect(folder: Path, *, contents: bool) -> Listing:
     return Listing(
         folder=folder,
         name=name,
-        step=step,
+        step=step_of(name),
         saved=saved,
         size=folder_size(folder),
         world_size=world_size,

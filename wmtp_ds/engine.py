@@ -7,6 +7,7 @@ masters are made, a frozen engine without optimizer, and checkpoints that name t
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wmtp_ds import distributed
+from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import RunError
 
 # A rank that waits longer than this for another gives up: a hung peer must not hold GPUs for days.
@@ -26,13 +28,28 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-    import deepspeed
+    # Its autotuner, which is never used here, imports mlflow if it is there: two seconds of every rank's start.
+    with _as_if_missing("mlflow"):
+        import deepspeed
 
     # Its chatter is for its developers; warnings are for everyone.
     deepspeed.utils.logger.setLevel(logging.WARNING)
     for handler in deepspeed.utils.logger.handlers:
         handler.setLevel(logging.WARNING)
     return deepspeed
+
+
+@contextmanager
+def _as_if_missing(library: str) -> Iterator[None]:
+    """Inside, a library that has not been imported yet cannot be."""
+    if library in sys.modules:
+        yield
+        return
+    sys.modules[library] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[library]
 
 
 def start(device: str) -> torch.device:
@@ -322,7 +339,7 @@ def _make_optimizer(
     groups = list(param_groups)
     if name == "sgd":
         return torch.optim.SGD(groups)
-    if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if offloads(ds_config, "offload_optimizer"):
         # Where optimizer states live in host memory, DeepSpeed's vectorised Adam is several times faster there.
         adam: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
         return adam

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wmtp_ds import distributed
 from wmtp_ds.bad_steps import BadStep, BadSteps, describe_lines
-from wmtp_ds.checkpoint import verify_manifest
+from wmtp_ds.checkpoint_files import step_of, verify_manifest
 from wmtp_ds.config import Resolved
 from wmtp_ds.data.batch import Batch
 from wmtp_ds.errors import RunError
@@ -196,7 +196,8 @@ class Guard:
         found: Path | None = None
         if distributed.is_main():
             for checkpoint in reversed(self._course):
-                if int(checkpoint.name.rpartition("_")[2]) < before and verify_manifest(checkpoint) is None:
+                step = step_of(checkpoint.name)
+                if step is not None and step < before and verify_manifest(checkpoint) is None:
                     found = checkpoint
                     break
         source: Path | None = distributed.broadcast_object(found)

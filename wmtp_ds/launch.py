@@ -27,9 +27,11 @@ from typing import Any, Literal, TextIO
 import click
 
 from wmtp_ds.config import Resolved, load_config
+from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import UserError
 from wmtp_ds.resume import check_resume, fit_ranks
 from wmtp_ds.signals import ENDING
+from wmtp_ds.universal import PLACE_VARIABLES
 
 SCRIPT = "bin/train_stage.py"
 _SIGNALS = frozenset(int(number) for number in signal.Signals)
@@ -167,8 +169,8 @@ def decide(place: Place | None, request: Request) -> Literal["launch", "leave", 
 
 def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for a fresh launcher: what an outer one has set is taken out."""
-    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in environ.items() if name not in (*outer, "CROSS_RANK", "CROSS_SIZE")}
+    outer = (*PLACE_VARIABLES, "CROSS_RANK", "CROSS_SIZE")
+    environment = {name: value for name, value in environ.items() if name not in outer}
     # Ranks run as a module: without this, whatever lies in the current directory could shadow a library.
     environment["PYTHONSAFEPATH"] = "1"
     if device == "cpu":
@@ -202,11 +204,15 @@ def check_compiler(device: str, ds_config: Mapping[str, Any]) -> None:
     Raises:
         UserError: if one of them is needed and there is no C++ compiler, with the command that installs one.
     """
-    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
-    if device == "cpu" and offload == "none":
+    if device == "cpu" and not offloads(ds_config, "offload_optimizer"):
         return
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "c++")):
+    if cxx_compiler() is None:
         raise UserError("DeepSpeed needs a C++ compiler: sudo apt-get install build-essential (or your system's).")
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch would build extensions with; None without one."""
+    return next((path for name in (os.environ.get("CXX", "c++"), "g++") if (path := shutil.which(name))), None)
 
 
 def check_kernels(device: str) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from wmtp_ds.data.dataset_files import sha256_of
 from wmtp_ds.data.index import DataIndex, build_index
-from wmtp_ds.data.label_file_journal import Journal, replace_file
+from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.rows import decode_object, read_lines
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import replace_file, sha256_of
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, load_reward_model
 from wmtp_ds.rewards import SCORE_KEY, model_key, score_rows

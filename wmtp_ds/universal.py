@@ -17,14 +17,16 @@ from wmtp_ds.checkpoint_files import (
     PARTIAL,
     read_manifest,
     replace_folder,
-    sha256,
     verify_manifest,
     write_manifest,
 )
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import sha256_of
 from wmtp_ds.signals import die_with_parent
 
 _PROGRAM = "deepspeed.checkpoint.ds_to_universal"
+# Where a launcher tells a process its place among the ranks.
+PLACE_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Each reads a whole rank's shard into memory.
 _WORKERS = 2
 
@@ -39,7 +41,7 @@ def convert(checkpoint: Path) -> Path:
         RunError: if it cannot be made, with the command that was tried.
     """
     manifest = read_manifest(checkpoint)
-    source = sha256(checkpoint / MANIFEST)
+    source = sha256_of(checkpoint / MANIFEST)
     final = checkpoint.parent / CONVERTED / checkpoint.name
     if _is_of(final, source):
         return final
@@ -85,8 +87,7 @@ def _is_of(converted: Path, source: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    kept = {name: value for name, value in os.environ.items() if name not in PLACE_VARIABLES}
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (package, kept.get("PYTHONPATH", "")) if part)
     return kept | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}

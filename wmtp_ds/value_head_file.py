@@ -7,7 +7,6 @@ use: :func:`read_value_head_metadata` needs none.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,7 @@ def save_value_head(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata=metadata)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(temporary, path)
 
 
 def read_value_head_metadata(path: Path) -> dict[str, str]:

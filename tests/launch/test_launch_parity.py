@@ -17,7 +17,7 @@ from wmtp_ds.run_data import open_data
 
 pytestmark = pytest.mark.launch
 
-STEPS = 5
+STEPS = 3
 # ranks, sequences of a micro-batch, accumulation steps: one global batch of 4.
 LAYOUTS = [(1, 1, 4), (1, 2, 2), (2, 2, 1), (4, 1, 1)]
 SGD = ["training.optimizer=sgd", "training.learning_rate=0.05", "training.scheduler=linear"]

@@ -179,7 +179,7 @@ def test_a_config_that_does_not_say_where_the_trunk_ends(folder, text):
 
 
 def test_a_folder_that_cannot_be_written_to_is_only_warned_about(folder, monkeypatch, caplog):
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_text", refuse)

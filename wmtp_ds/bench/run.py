@@ -13,6 +13,7 @@ from wmtp_ds.bench.settings import MATERIALISED, RESULT_FILE, StepSettings
 from wmtp_ds.bench.sizes import REFERENCES, SIZES, MemoryNeed, check_memory
 from wmtp_ds.bench.workspace import resolve, write_workspace
 from wmtp_ds.config import Resolved
+from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import check_compiler, device_ids, launch_environment, ranks_command, run_ranks
 
@@ -58,7 +59,7 @@ def _run(settings: StepSettings, chosen: Sequence[str], overrides: Sequence[str]
         ds_config = resolved.deepspeed(settings.ranks)
         check_compiler(settings.device, ds_config)
         ids = device_ids(settings.device, settings.ranks, os.environ)
-        if not _offloads(ds_config):
+        if not offloads(ds_config, "offload_optimizer", "offload_param"):
             check_memory(memory_need(settings, resolved), settings.device, settings.ranks, settings.size)
         write_workspace(workspace, resolved, settings)
         _check_attention(workspace, settings.attention)
@@ -85,11 +86,6 @@ def _check_attention(workspace: Path, attention: str) -> None:
     except UserError as error:
         reason = str(error).partition(": ")[2]
         raise UserError(f"--attention {attention}: {reason}") from None
-
-
-def _offloads(ds_config: dict[str, Any]) -> bool:
-    sections = (ds_config["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    return any(section.get("device", "none") != "none" for section in sections)
 
 
 def memory_need(settings: StepSettings, resolved: Resolved) -> MemoryNeed:

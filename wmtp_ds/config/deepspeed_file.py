@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wmtp_ds.config.context import Check, Context, why_no_file
@@ -195,6 +195,17 @@ def _check_offload(file: _File, name: str, section: dict[str, Any]) -> None:
         file.report(where, message, did_you_mean(str(device), _DEVICES) or 'write "device": "cpu"')
     elif device == "nvme" and not section.get("nvme_path"):
         file.report(where, f'offloads to nvme, but "{name}" has no nvme_path', 'write "nvme_path": "/local_nvme"')
+
+
+def offloads(values: Mapping[str, Any], *sections: str) -> bool:
+    """Whether any of these sections (``offload_optimizer``, ``offload_param``) moves what it is about off the device.
+
+    Args:
+        values: a valid DeepSpeed JSON's.
+        sections: names within ``zero_optimization``.
+    """
+    zero = values[_ZERO]
+    return any((zero.get(name) or {}).get("device", "none") != "none" for name in sections)
 
 
 def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -> dict[str, Any]:

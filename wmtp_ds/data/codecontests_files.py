@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp_ds.data.dataset_files import fingerprint_of, sha256_of
+from wmtp_ds.data.dataset_files import fingerprint_of
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from wmtp_ds.files import sha256_of
+
 MANIFEST = "manifest.json"
 # The modules, by the beginning of their names, on which it depends what rows say.
 _DECIDING = (
@@ -63,9 +65,3 @@ def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | 
 def fingerprint_of(told: Any) -> str:
     """A hash of plain JSON."""
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

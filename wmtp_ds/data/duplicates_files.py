@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from wmtp_ds.data.dataset_files import sha256_of
 from wmtp_ds.data.duplicates_findings import Findings
 from wmtp_ds.data.output_file import report_path, whole_file
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import sha256_of
 
 
 def write_kept(findings: Findings, output: Path, made_from: Mapping[str, Any]) -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from wmtp_ds.data.dataset_files import MANIFEST, finished, sha256_of
+from wmtp_ds.data.dataset_files import MANIFEST, finished
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import sha256_of, sync, write_atomically
 
 PROBLEMS = "problems.jsonl"
 SPLITS: tuple[str, ...] = ("train", "validation", "evaluation")
@@ -217,7 +218,7 @@ class ImportFolder:
             "splits": self.splits,
             "skipped": self.skipped,
         }
-        self._write(_JOURNAL, json.dumps(journal))
+        write_atomically(self._folder / _JOURNAL, json.dumps(journal))
         self.state = dict(state)
 
     def publish(self, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,13 +240,13 @@ class ImportFolder:
             name: {"rows": rows, "sha256": sha256_of(self._folder / name)} for name, rows in sorted(self._rows.items())
         }
         manifest = {"made_from": self._made_from, "files": files, "summary": summary}
-        self._write(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         old = self._final.with_name(f".old-{self._final.name}")
         shutil.rmtree(old, ignore_errors=True)
         if self._final.exists() and any(self._final.iterdir()):
             self._final.rename(old)
         self._folder.replace(self._final)
-        _sync(self._final.parent)
+        sync(self._final.parent)
         shutil.rmtree(old, ignore_errors=True)
         for name in (_JOURNAL, _NOTES):
             (self._final / name).unlink(missing_ok=True)
@@ -270,16 +271,6 @@ class ImportFolder:
             self._files[name] = (self._folder / name).open("ab")
         return self._files[name]
 
-    def _write(self, name: str, text: str) -> None:
-        """Write a whole file, so that its name stands for the old text or the new one."""
-        temporary = self._folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / name)
-        _sync(self._folder)
-
     def _explain(self, error: OSError) -> RunError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full" if full else str(error)
@@ -289,11 +280,3 @@ class ImportFolder:
             f"{self.output}: writing failed: {what}; nothing there counts as finished: {mend}, and run the same "
             f"command again{kept}"
         )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wmtp_ds.data.codecontests_problem import without_line_ends
-from wmtp_ds.data.dataset_files import fingerprint_of, sha256_of
+from wmtp_ds.data.dataset_files import fingerprint_of
 from wmtp_ds.data.import_folder import ImportFolder, finished_import
 from wmtp_ds.data.import_split import DEFAULT_FRACTION, check_splits, held_out
 from wmtp_ds.data.jsonl_mapping import FieldMapping, Mapped, UnfitError
 from wmtp_ds.data.rows import decode_object, parse_row, read_lines
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import sha256_of
 
 _VERSION = 1  # raise it whenever the same source and options give other rows
 _COMMIT_EVERY = 2000  # lines

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from wmtp_ds.data.dataset_files import code_version, sha256_of
-from wmtp_ds.data.label_file_journal import Journal, replace_file
+from wmtp_ds.data.dataset_files import code_version
+from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.label_file_report import Report
 from wmtp_ds.data.label_file_tests import PROBLEMS, ProblemFile, UnusableTestsError, check_tests, problem_of
 from wmtp_ds.data.labels import label
@@ -26,6 +26,7 @@ from wmtp_ds.data.output_file import report_path
 from wmtp_ds.data.rows import decode_object, parse_row, read_lines
 from wmtp_ds.data.sandbox import Limits, sandbox_kind
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import replace_file, sha256_of
 
 _VERSION = 1  # raise it whenever the same input and options give another file
 _ROWS_AHEAD = 32  # of each worker: so far may rows be done before one that takes long

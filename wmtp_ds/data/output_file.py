@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wmtp_ds.data.label_file_journal import replace_file
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import replace_file
 
 
 def report_path(output: Path) -> Path:

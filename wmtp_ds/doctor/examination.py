@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from wmtp_ds.config import Resolved
+from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.doctor import machine, software
 from wmtp_ds.doctor.finding import Check, Finding, examine
 from wmtp_ds.errors import UserError
@@ -25,12 +26,11 @@ class Needs:
     def of(cls, resolved: Resolved) -> "Needs":
         """A config's."""
         config = resolved.config
-        zero = resolved.deepspeed(1)["zero_optimization"]
         return cls(
             device=config.runtime.device,
             save_dir=Path(config.checkpoint.save_dir),
             tracking_uri=config.mlflow.tracking_uri,
-            offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offload=offloads(resolved.deepspeed(1), "offload_optimizer"),
             checkpoints=_checkpoint_bytes(resolved),
         )
 

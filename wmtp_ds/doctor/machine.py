@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from wmtp_ds.doctor.finding import Finding
+from wmtp_ds.files import nearest_folder
 
 _GIB = 2**30
 # Below which a disk is called full where nothing says how much a run needs.
@@ -30,9 +31,7 @@ def disk(save_dir: Path, needed: int = 0) -> Iterator[Finding]:
         needed: bytes that a run's checkpoints take, if that is known.
     """
     name = f"disk at {save_dir}"
-    place = save_dir.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest_folder(save_dir)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -129,9 +128,7 @@ def tracking(uri: str, seconds: int = 5) -> Iterator[Finding]:
 
 
 def _store(file: Path, shown: str) -> Iterator[Finding]:
-    place = file if file.exists() else file.absolute().parent
-    while not place.exists():
-        place = place.parent
+    place = nearest_folder(file)
     if os.access(place, os.W_OK):
         yield Finding("mlflow", "ok", f"{shown} ({'there' if file.exists() else 'to be made'})")
     else:

@@ -13,6 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from wmtp_ds.doctor.finding import Finding
+from wmtp_ds.launch import cxx_compiler
+from wmtp_ds.plan.machine import ask_nvidia_smi
 
 _SHOWN = ("torch", "deepspeed", "transformers", "triton", "mlflow", "pydantic-settings")
 _OLDEST = (3, 11)
@@ -84,7 +86,7 @@ def gpus(device: str) -> Iterator[Finding]:
     if count:
         yield Finding("cuda", "ok", f"{torch.version.cuda}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")
         return
-    driver = _driver()
+    driver = next(iter(ask_nvidia_smi("driver_version")), "")
     if driver and torch.version.cuda is None:
         mend = f"pip install --force-reinstall torch (this is the CPU's build; the driver is {driver})"
         yield Finding("gpu", "failure", "there are GPUs, but this build of torch cannot use them", mend)
@@ -95,20 +97,6 @@ def gpus(device: str) -> Iterator[Finding]:
         yield Finding("gpu", "failure", "there is none, and runtime.device is cuda", "Set runtime.device to cpu.")
     else:
         yield Finding("gpu", "ok", "there is none: stages run on the CPU, over gloo")
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver, "" without one."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    lines = done.stdout.split()
-    return lines[0] if lines else ""
 
 
 def deepspeed() -> Iterator[Finding]:
@@ -130,7 +118,7 @@ def compilers(offload: bool, device: str) -> Iterator[Finding]:
         offload: whether optimizer states go to host memory.
         device: ``runtime.device``.
     """
-    compiler = next((path for name in (os.environ.get("CXX", "c++"), "g++") if (path := shutil.which(name))), None)
+    compiler = cxx_compiler()
     needed = offload or device == "cuda"
     if compiler is None:
         yield Finding("c++ compiler", "failure" if needed else "warning", "there is none", _BUILD)

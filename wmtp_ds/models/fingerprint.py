@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import write_atomically
 from wmtp_ds.models.config_file import read_config_fields
 
 FILE_NAME = "trunk_fingerprint.json"
@@ -212,9 +213,7 @@ def store_trunk_fingerprint(folder: Path) -> str:
 
 def write_trunk_fingerprint(folder: Path, fingerprint: str) -> None:
     """Store a fingerprint (64 hex digits) beside the weights that it is of."""
-    temporary = folder / f".{FILE_NAME}.tmp"
-    temporary.write_text(json.dumps({"sha256": fingerprint}) + "\n")
-    temporary.replace(folder / FILE_NAME)
+    write_atomically(folder / FILE_NAME, json.dumps({"sha256": fingerprint}) + "\n")
 
 
 def read_trunk_fingerprint(folder: Path) -> str | None:

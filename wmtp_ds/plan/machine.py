@@ -11,19 +11,30 @@ MIB = 2**20
 
 def gpus() -> list[int]:
     """Bytes of each GPU that a run here would see; empty where there is none, or none can be asked."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        found = [int(line) * MIB for line in done.stdout.split()]
-    except (OSError, subprocess.SubprocessError, ValueError):
+        found = [int(mebibytes) * MIB for mebibytes in ask_nvidia_smi("memory.total")]
+    except ValueError:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
     return found[: len([name for name in visible.split(",") if name.strip()])]
+
+
+def ask_nvidia_smi(field: str) -> list[str]:
+    """What ``nvidia-smi`` says of each GPU, without units; empty where there is none, or it does not answer.
+
+    Args:
+        field: of ``nvidia-smi --help-query-gpu``.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def memory() -> int:

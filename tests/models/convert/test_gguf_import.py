@@ -255,7 +255,7 @@ PLAIN = """
 import sys
 sys.modules["wmtp_ds"] = None
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt, result = sys.argv[1:]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

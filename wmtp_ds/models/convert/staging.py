@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import nearest_folder, sync, write_atomically
 
 _PROGRESS = ".progress.json"
 # What may be replaced with --force: a folder with one of these is a model's.
@@ -104,17 +105,15 @@ class Staging:
         sums = writer(self.folder / name)
         self._done[name] = sums
         files = {done: {"size": (self.folder / done).stat().st_size, "sums": self._done[done]} for done in self._done}
-        temporary = self.folder / f"{_PROGRESS}.tmp"
-        temporary.write_text(json.dumps({"plan": self._plan, "files": files}))
-        temporary.replace(self.folder / _PROGRESS)
+        write_atomically(self.folder / _PROGRESS, json.dumps({"plan": self._plan, "files": files}))
         return sums
 
     def publish(self) -> None:
         """Give the folder its name; what was there before goes."""
         for file in self.folder.iterdir():
-            _sync(file)
+            sync(file)
         (self.folder / _PROGRESS).unlink(missing_ok=True)
-        _sync(self.folder)
+        sync(self.folder)
         old = self.final.with_name(f".old-{self.final.name}")
         if self.final.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -125,7 +124,7 @@ class Staging:
             if old.exists():
                 old.rename(self.final)
             raise
-        _sync(self.final.parent)
+        sync(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _explain(self, error: OSError, keeps: bool) -> RunError:
@@ -175,20 +174,9 @@ def check_space(final: Path, needed: int) -> None:
         UserError: if there is not.
     """
     held = sum(file.stat().st_size for file in partial_of(final).glob("*") if file.is_file())
-    place = final.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_folder(final.parent)).free
     if needed > free + held:
         raise UserError(
             f"{final} takes {needed / 1e9:.1f} GB, but there are {(free + held) / 1e9:.1f} GB free. Free space, or "
             "name another destination."
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
