@@ -7,7 +7,7 @@ shared unembedding; head ``k`` at position ``i`` predicts token ``i + k``. Witho
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,25 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from wmtp_ds.config.fields import PACKING_ATTENTION
-from wmtp_ds.data.batch import Packing
+
+
+class Reading(Protocol):
+    """How tokens are read that are not simply one sequence a row: packed rows, or tokens behind those in a cache."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Of the tokens, ``[B, S]``."""
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What each token may read, as numbers to add to scores: ``[B, 1, S, tokens there are]``."""
+
+
+@runtime_checkable
+class Cache(Reading, Protocol):
+    """Keeps the keys and values of tokens that were read."""
+
+    def update(self, keys_BHSE: Tensor, values_BHSE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; returns those of all tokens there are."""
 
 
 class Unembedding(nn.Linear):
@@ -60,31 +78,37 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         """The number of heads, n."""
         return len(self.mtp_heads) + 1
 
-    def trunk(self, input_ids_BS: Tensor, packing: Packing | None = None) -> Tensor:
+    def trunk(self, input_ids_BS: Tensor, reading: Reading | None = None) -> Tensor:
         """Token ids ``[B, S]`` -> the trunk's output ``h``, ``[B, S, D]``, not normalised.
 
         Attention is causal and nothing else: padding belongs on the right, where no token can see it. In packed rows it
-        is causal within each segment, and positions count from the segment's first token.
+        is causal within each segment, and positions count from the segment's first token. With a `Cache`, tokens are
+        read behind those that are in it.
 
         Raises:
-            ValueError: rows are packed, and the config's attention implementation takes no mask.
+            ValueError: there is a ``reading``, and the config's attention implementation takes no mask.
         """
         hidden_BSD = self.model.embed_tokens(input_ids_BS)
-        inputs = self._attention_inputs(hidden_BSD, packing)
+        inputs = self._attention_inputs(hidden_BSD, reading)
         for block in self.model.layers[:-1]:
             hidden_BSD = block(hidden_BSD, **inputs)
         return hidden_BSD
 
-    def head_states(self, trunk_BSD: Tensor, packing: Packing | None = None) -> Tensor:
-        """Trunk output ``[B, S, D]`` -> what the unembedding reads, ``[n, B, S, D]``: each head, then the norm."""
-        inputs = self._attention_inputs(trunk_BSD, packing)
-        return torch.stack(
-            [self.model.norm(block(trunk_BSD, **inputs)) for block in (self.model.layers[-1], *self.mtp_heads)]
-        )
+    def head_states(self, trunk_BSD: Tensor, reading: Reading | None = None, heads: int | None = None) -> Tensor:
+        """Trunk output ``[B, S, D]`` -> what the unembedding reads, ``[n, B, S, D]``: each head, then the norm.
 
-    def _attention_inputs(self, hidden_BSD: Tensor, packing: Packing | None) -> dict[str, Any]:
+        Args:
+            trunk_BSD: of :meth:`trunk`.
+            reading: as it was given there.
+            heads: only so many of the first; None: all.
+        """
+        inputs = self._attention_inputs(trunk_BSD, reading)
+        blocks = (self.model.layers[-1], *self.mtp_heads)[:heads]
+        return torch.stack([self.model.norm(block(trunk_BSD, **inputs)) for block in blocks])
+
+    def _attention_inputs(self, hidden_BSD: Tensor, reading: Reading | None) -> dict[str, Any]:
         """What every block is given; made once for all of them."""
-        if packing is None:
+        if reading is None:
             positions = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
             # Not told the positions: it would look for packed sequences in them, and a GPU would be waited for.
             mask = create_causal_mask(
@@ -93,12 +117,13 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         else:
             if self.config._attn_implementation not in PACKING_ATTENTION:
                 raise ValueError(
-                    f"packed rows need an attention implementation that takes a mask ({', '.join(PACKING_ATTENTION)}), "
-                    f"not {self.config._attn_implementation!r}"
+                    "packed rows and caches need an attention implementation that takes a mask "
+                    f"({', '.join(PACKING_ATTENTION)}), not {self.config._attn_implementation!r}"
                 )
             # In the blocks' own dtype: of a mask of bools, each block would make one of these for itself.
-            positions, mask = packing.position_ids, packing.mask(hidden_BSD.dtype)
+            positions, mask = reading.position_ids, reading.mask(hidden_BSD.dtype)
         return {
+            "past_key_values": reading if isinstance(reading, Cache) else None,
             "attention_mask": mask,
             "position_embeddings": self.model.rotary_emb(hidden_BSD, position_ids=positions),
             "position_ids": positions,

@@ -1,0 +1,6 @@
+"""Text from a policy: token by token, or several at a time with its own extra heads."""
+
+from wmtp_ds.decoding.generate import Completion, Limits, generate
+from wmtp_ds.decoding.sampling import Sampling
+
+__all__ = ["Completion", "Limits", "Sampling", "generate"]

@@ -1,0 +1,94 @@
+"""Any model to evaluate: an export or a checkpoint of ours, or a Llama in Hugging Face format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmtp_ds.checkpoint_files import complete_checkpoints, is_complete, step_of, verify_manifest
+from wmtp_ds.errors import UserError
+from wmtp_ds.models.layouts import tell_layout
+from wmtp_ds.models.loading import load_policy, load_tokenizer, read_llama_config
+from wmtp_ds.models.mtp import MTPLlamaForCausalLM
+from wmtp_ds.run_summary import BEST, FINAL, read_summary
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's files are.
+
+    Attributes:
+        folder: with config.json, weights and tokenizer.
+        run: of the run that it comes from; None for others.
+    """
+
+    folder: Path
+    run: Path | None = None
+
+    @property
+    def tracked_run(self) -> str | None:
+        """The MLflow id of the run that it comes from."""
+        run_id = None if self.run is None else read_summary(self.run).get("mlflow_run_id")
+        return run_id if isinstance(run_id, str) else None
+
+
+def find_model(path: Path) -> Place:
+    """What a path names: a model's folder, or a run's, of which the best export is taken, or else the final one.
+
+    Raises:
+        UserError: there is nothing of the kind; says what there is instead.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a model's folder, or a run's")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: give the model's folder")
+    if step_of(path.name) is not None or is_complete(path):
+        raise UserError(_checkpoint_hint(path))
+    if not (path / "config.json").exists() and not (path / "params.json").exists():
+        exports = [path / name for name in (BEST, FINAL) if (path / name / "config.json").exists()]
+        if exports:
+            return Place(exports[0], path)
+        if (path / BEST / "value_head.safetensors").exists() or (path / "value_head.safetensors").exists():
+            raise UserError(f"{path} holds a value head alone (a critic's): there is no policy in it to evaluate")
+        if complete_checkpoints(path):
+            raise UserError(_checkpoint_hint(complete_checkpoints(path)[-1]))
+        raise UserError(f"{path} holds no model: neither config.json, nor an export ({BEST}, {FINAL})")
+    if tell_layout(path) == "meta":
+        raise UserError(f"{path} is in Meta's layout: wmtp-ds model import {path} DEST, and evaluate that")
+    run = path.parent if path.name in (BEST, FINAL) else None
+    return Place(path, run)
+
+
+def _checkpoint_hint(folder: Path) -> str:
+    problem = verify_manifest(folder, contents=False)
+    if problem is not None:
+        return f"{folder} is no whole checkpoint: {problem}"
+    return (
+        f"{folder} is a checkpoint to resume from, in shards of its ranks. Evaluate an export of the run "
+        f"({folder.parent / BEST} or {FINAL}), or write one from it: wmtp-ds checkpoint export {folder} DEST"
+    )
+
+
+def load_model(place: Place, *, device: torch.device, dtype: str | None = None) -> tuple[MTPLlamaForCausalLM, Any]:
+    """The policy, in evaluation mode, and its tokenizer.
+
+    Args:
+        place: of :func:`find_model`.
+        device: where to put it.
+        dtype: of the weights; None: as they are stored on a GPU, and float32 on a CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    config = read_llama_config(place.folder)
+    heads = getattr(config, "n_future_tokens", None) or 1
+    stored = str(config.dtype or torch.float32).removeprefix("torch.")
+    wanted = dtype or (stored if device.type == "cuda" and stored in DTYPES else "float32")
+    policy = load_policy(place.folder, dtype=DTYPES[wanted], n_future_tokens=heads)
+    # Rows of different lengths need a mask, which not every implementation takes.
+    policy.config._attn_implementation = "sdpa"
+    torch.nn.Module.to(policy, device)
+    return policy.eval(), load_tokenizer(place.folder)
