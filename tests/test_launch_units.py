@@ -248,7 +248,7 @@ def test_launcher_command(ids):
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
     assert command[-len(request.arguments()) - 2 :] == ["--module", "wmtp_ds.rank", *request.arguments()]
     options = dict(part.removeprefix("--").split("=", 1) for part in command[3 : -len(request.arguments()) - 2])
-    assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"localhost": ids}
+    assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"node-0": ids}
     assert options["master_addr"] == "127.0.0.1"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(options["master_port"])))

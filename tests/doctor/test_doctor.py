@@ -354,7 +354,7 @@ def test_what_a_config_needs(checkout, monkeypatch):
 def findings(monkeypatch):
     """What the command is to find."""
     found: list[Finding] = []
-    monkeypatch.setattr(examination, "examination", lambda needs: iter(found))
+    monkeypatch.setattr(examination, "examination", lambda needs, clean: iter(found))
     return found
 
 
