@@ -14,7 +14,7 @@ from wmtp_ds import distributed
 from wmtp_ds.checkpoint_files import PARTIAL, replace_folder
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine
-from wmtp_ds.errors import RunError
+from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import store_trunk_fingerprint
@@ -107,7 +107,7 @@ def _caught(failures: list[str]) -> Iterator[None]:
     with distributed.caught(failures):
         try:
             yield
-        except SafetensorError as error:  # also what a full disk comes as
+        except (SafetensorError, UserError) as error:  # the first is what a full disk comes as, too
             raise OSError(str(error)) from error
 
 

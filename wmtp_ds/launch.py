@@ -229,8 +229,10 @@ class Meeting:
         named = {"--node_rank": request.node_rank, "--master_addr": request.master_addr}
         if request.nnodes is None and (given := [name for name, value in named.items() if value is not None]):
             raise UserError(f"{given[0]} needs --nnodes: the number of machines, each of which runs this command.")
+        if (request.node_rank or 0) >= nnodes:
+            raise UserError(f"--node_rank {request.node_rank}: with --nnodes {nnodes} it is at most {nnodes - 1}.")
         if nnodes == 1:
-            return cls(1, request.node_rank or 0, "127.0.0.1", request.master_port or free_port())
+            return cls(1, 0, "127.0.0.1", request.master_port or free_port())
         if missing := [name for name, value in named.items() if value is None]:
             raise UserError(
                 f"--nnodes {nnodes} needs {missing[0]}: --node_rank numbers the machines from 0, --master_addr is the "
@@ -238,8 +240,6 @@ class Meeting:
             )
         assert request.node_rank is not None
         assert request.master_addr is not None
-        if request.node_rank >= nnodes:
-            raise UserError(f"--node_rank {request.node_rank}: with --nnodes {nnodes} it is at most {nnodes - 1}.")
         return cls(nnodes, request.node_rank, request.master_addr, request.master_port or MASTER_PORT)
 
 

@@ -2,16 +2,19 @@
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wmtp_ds import distributed
 from wmtp_ds.checkpoint_files import sha256
 from wmtp_ds.config import Resolved
 from wmtp_ds.errors import UserError
-from wmtp_ds.run_data import RunData
-from wmtp_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from wmtp_ds.run_data import RunData
+    from wmtp_ds.run_folder import RunFolder
 
 
-def check_machines(resolved: Resolved, folder: RunFolder, data: RunData, critic: Path | None) -> None:
+def check_machines(resolved: Resolved, folder: "RunFolder", data: "RunData", critic: Path | None) -> None:
     """Every machine must see one folder of checkpoints, and the same config, data and critic. Collective.
 
     Args:
