@@ -56,8 +56,9 @@ class Exporter:
                 partial.mkdir(parents=True)
         self._agree(failures, final)
         self._write_into(partial, failures)
+        self._agree(failures, final)
         with _caught(failures):
-            if distributed.is_main() and not failures:
+            if distributed.is_main():
                 (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
                 (partial / "config.toml").write_text(self._resolved.toml())
                 replace_folder(partial, final)
