@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,25 +347,32 @@ def test_shared_memory_that_killed_processes_left(tmp_path):
     assert machine.left_in_shared_memory(tmp_path, processes=tmp_path) == [mapped, opened]
 
 
-def test_what_a_killed_process_had_mapped_is_left(tmp_path):
+@pytest.fixture
+def shared_memory():
+    """A folder where files are what they are in mappings, too: not so on every file system."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="tests-") as folder:
+        yield Path(folder)
+
+
+def test_what_a_killed_process_had_mapped_is_left(shared_memory):
     """With a real one, while it lives and after kill -9."""
-    file = tmp_path / "deepspeed_allreduce_buffer_0_host_1_0"
+    file = shared_memory / "deepspeed_allreduce_buffer_0_host_1_0"
     file.write_bytes(bytes(8192))
     os.utime(file, (1, 1))
     holds = (
-        "import mmap, sys, time\n"
+        "import mmap, os, sys, time\n"
         "file = open(sys.argv[1], 'r+b')\n"
         "memory = mmap.mmap(file.fileno(), 8192)\n"
-        "file.close()\n"
+        "os.closerange(3, 256)\n"  # the mapping alone
         "print('mapped', flush=True)\n"
         "time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", holds, str(file)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "mapped\n"
-    assert machine.left_in_shared_memory(tmp_path) == []
+    assert machine.left_in_shared_memory(shared_memory) == []
     process.kill()
     process.wait()
-    assert machine.left_in_shared_memory(tmp_path) == [file]
+    assert machine.left_in_shared_memory(shared_memory) == [file]
 
 
 # --- all of it ---

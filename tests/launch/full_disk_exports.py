@@ -95,6 +95,7 @@ for name, (place, attribute, kind, rank) in FAULTS.items():
     except RunError as error:
         distributed.barrier()
         said[name] = [str(error), error.everywhere, sorted(path.name for path in root.iterdir())]
+        distributed.barrier()
     setattr(place, attribute, before)
 said["step"] = json.loads((root / "checkpoint_best/metrics.json").read_text())["step"]
 exporter.write("checkpoint_best", {"step": 3})
