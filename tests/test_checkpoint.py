@@ -398,3 +398,15 @@ def test_the_manifest_comes_after_everything_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     write_manifest(tmp_path, step=7, world_size=1)
     assert synced == ["a", "b", f".{MANIFEST}.tmp", tmp_path.name]
+
+
+def test_what_other_machines_have_written_is_in_the_manifest_though_it_is_not_listed_yet(tmp_path, monkeypatch):
+    """A network file system shows names late that it opens at once."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "theirs").write_text("theirs")
+    monkeypatch.setattr(checkpoint_files, "file_names", lambda _: ["mine"])
+    write_manifest(tmp_path, ["mine", "theirs"], step=1, world_size=2)
+    assert sorted(read_manifest(tmp_path)["files"]) == ["mine", "theirs"]
+    assert verify_manifest(tmp_path) is None
+    (tmp_path / "theirs").write_text("other!")
+    assert "theirs has changed" in verify_manifest(tmp_path)

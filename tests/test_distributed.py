@@ -1,4 +1,4 @@
-"""What ranks do together, with two processes that form a group of their own."""
+"""What ranks do together, and must have in common, with two processes that form a group of their own."""
 
 import json
 import subprocess
@@ -29,10 +29,68 @@ try:
     distributed.on_main(lambda: (_ for _ in ()).throw(RunError("no room")))
 except RunError as error:
     said["error"] = [str(error), error.everywhere, error.exit_code]
+
+# --- what machines must have in common ---
+import os, socket
+from pathlib import Path
+from types import SimpleNamespace
+from wmtp_ds.errors import UserError
+from wmtp_ds.machines import check_machines
+from wmtp_ds.run_folder import RunFolder
+
+root = Path(store).parent
+socket.gethostname = lambda: f"box-{rank}"
+resolved = SimpleNamespace(
+    hash=lambda: "same",
+    config=SimpleNamespace(
+        runtime=SimpleNamespace(peer_timeout=0.5), experiment=SimpleNamespace(critic_checkpoint="runs:/c/best")
+    ),
+)
+critic = root / f"critic-{rank}"
+critic.write_text("same")
+
+def refused(folder, what):
+    index = lambda name: SimpleNamespace(path=name, fingerprint=f"{rank}" if name == what else "same")
+    data = SimpleNamespace(train=index("train.jsonl"), validation=index("validation.jsonl"))
+    folder = RunFolder(folder, "never")
+    if rank == 0:
+        folder.lock()
+    else:
+        time.sleep(0.3)  # which a network file system may take to show it
+    if what == "critic" and rank == 1:
+        critic.write_text("another")
+    if what == "config":
+        resolved.hash = lambda: f"{rank}"
+    try:
+        check_machines(resolved, folder, data, critic)
+    except UserError as error:
+        return [error.exit_code, str(error)]
+    finally:
+        folder.close()
+    return None
+
+said["refused"] = [refused(root / "run", "nothing"), refused(root / f"run-{rank}", "")]
+said["refused"] += [refused(root / "run", what) for what in ("train.jsonl", "validation.jsonl", "critic", "config")]
 said["gathered"] = distributed.gather_objects([rank] * (rank + 1))
 print(json.dumps(said))
 distributed.close()
 """
+
+
+def refusals(root: Path) -> list:
+    another = "is another on box-1 than on box-0. Copy it to all machines."
+    return [
+        None,
+        [
+            2,
+            f"checkpoint.save_dir: {root}/run-{{rank}} is another folder on box-1 than on box-0. Checkpoints are "
+            "written by all ranks: choose a folder on a file system that all machines share.",
+        ],
+        [2, f"dataset.train (train.jsonl) {another}"],
+        [2, f"dataset.validation (validation.jsonl) {another}"],
+        [2, f"the critic (runs:/c/best) {another}"],
+        [2, f"the config {another}"],
+    ]
 
 
 def test_the_others_wait_for_what_one_does_and_hear_of_its_errors(tmp_path: Path) -> None:
@@ -41,12 +99,13 @@ def test_the_others_wait_for_what_one_does_and_hear_of_its_errors(tmp_path: Path
         subprocess.Popen([sys.executable, "-c", CODE, str(rank), store], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in ranks:
+    for rank, process in enumerate(ranks):
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         assert json.loads(out.splitlines()[-1]) == {
             "value": "made",
             "error": ["no room", True, 1],
+            "refused": json.loads(json.dumps(refusals(tmp_path)).replace("{rank}", str(rank))),
             "gathered": [[0], [1, 1]],
         }
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from wmtp_ds import rank as ranks
 from wmtp_ds.config import ConfigError
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import (
+    Meeting,
     Place,
     Request,
     check_compiler,
@@ -37,6 +39,7 @@ from wmtp_ds.launch import (
     resolve_device,
     train_options,
 )
+from wmtp_ds.peers import Loss, Peer, Peers
 from wmtp_ds.signals import Interruption
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,6 +149,10 @@ PATHS = st.from_regex(r"-?[a-zA-Z0-9_ ]{1,5}(/-?[a-zA-Z0-9_ ]{1,5}){0,2}", fullm
         run_name=st.none() | TEXT,
         device=st.none() | TEXT,
         resume=TEXT,
+        nnodes=st.none() | st.integers(1, 64),
+        node_rank=st.none() | st.integers(0, 63),
+        master_addr=st.none() | TEXT,
+        master_port=st.none() | st.integers(1, 65535),
         override=st.lists(TEXT | st.just("data_sampling.curriculum_schedule[0].epoch_range=[0.0,0.5]")).map(tuple),
     )
 )
@@ -248,7 +255,7 @@ def test_launcher_command(ids):
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
     assert command[-len(request.arguments()) - 2 :] == ["--module", "wmtp_ds.rank", *request.arguments()]
     options = dict(part.removeprefix("--").split("=", 1) for part in command[3 : -len(request.arguments()) - 2])
-    assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"localhost": ids}
+    assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"node-0": ids}
     assert options["master_addr"] == "127.0.0.1"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(options["master_port"])))
@@ -360,7 +367,7 @@ def test_prepare_launch(here, gpus):
     request = Request("rho1", num_gpus=3, config=LOCAL / "rho1.toml")
     command, environment = prepare_launch(request)
     world = next(part for part in command if part.startswith("--world_info=")).partition("=")[2]
-    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [0, 1, 2]}
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"node-0": [0, 1, 2]}
     assert environment["DS_ACCELERATOR"] == "cpu"
     with pytest.raises(UserError, match="torch finds no GPU"):
         prepare_launch(Request("rho1", config=LOCAL / "rho1.toml", device="cuda"))
@@ -563,20 +570,58 @@ def wrapped() -> RunError:
     return error
 
 
+class FakePeers:
+    """Of rank 0 on machine 0."""
+
+    own = Peer(0, 0, "box-0", 1)
+
+    def __init__(self, loss: Loss | None = None):
+        self.loss, self.said, self.reported = loss, [], []
+
+    def find_loss(self) -> Loss | None:
+        return self.loss
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def report_own_end(self, words: str) -> None:
+        self.reported.append(words)
+
+
 @pytest.mark.parametrize("error", [LOST, wrapped()])
-@pytest.mark.parametrize("signalled", [False, True])
-def test_a_rank_that_lost_another_leaves_it_the_word(monkeypatch, capsys, error, signalled):
+@pytest.mark.parametrize(
+    ("loss", "said", "waits"),
+    [
+        (None, "rank 0 waits in vain for another one, though all give signs of life (", True),
+        (Loss("rank 1 (node 0, box-0): no sign of life", [0]), "rank 1 (node 0, box-0): no sign", True),
+        # Another machine's launcher has no word here: nothing to wait for.
+        (Loss("rank 2 (node 1, box-1): no sign of life", [1]), "rank 2 (node 1, box-1): no sign", False),
+    ],
+)
+def test_a_rank_that_lost_another_leaves_it_the_word(monkeypatch, error, loss, said, waits):
     monkeypatch.setattr(ranks, "_LAST_WORD_SECONDS", 0.2)
-    monkeypatch.setattr(Interruption, "any_seen", signalled)
+    monkeypatch.setattr(Interruption, "any_seen", False)
+    monkeypatch.setattr(Peers, "current", peers := FakePeers(loss))
     began = time.monotonic()
     assert ranks._say(error) == 1
-    said = capsys.readouterr().err
-    if signalled:
-        assert said == ""
-    else:
-        assert time.monotonic() - began >= 0.2
-        assert said.startswith("error: rank 0 lost the connection to another rank")
-        assert len(said.splitlines()) == 1
+    assert (time.monotonic() - began >= 0.2) is waits
+    assert peers.said[0].startswith(said)
+    assert peers.reported == []
+
+
+def test_a_rank_that_was_asked_to_end_says_nothing_of_others(monkeypatch, capsys):
+    monkeypatch.setattr(Interruption, "any_seen", True)
+    monkeypatch.setattr(Peers, "current", peers := FakePeers())
+    assert ranks._say(LOST) == 1
+    assert (capsys.readouterr().err, peers.said) == ("", [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do\n not fit"), RunError("shapes do not fit"), KeyError()])
+def test_other_machines_hear_of_a_ranks_own_error(monkeypatch, capsys, error):
+    monkeypatch.setattr(Peers, "current", peers := FakePeers())
+    assert ranks._say(error) == 1
+    assert peers.reported == ["KeyError" if isinstance(error, KeyError) else "shapes do not fit"]
+    assert peers.said == []
 
 
 def test_a_ranks_own_error_is_said_whole(capsys):
@@ -610,6 +655,99 @@ def test_a_rank_of_a_world_that_shrank(rank_environment, monkeypatch):
     assert ranks.train_rank(Request("rho1", num_gpus=2, config=LOCAL / "rho1.toml"), place(1, 4)) == 0
     assert seen == [("cores shared by", 2), "2"]
     assert os.environ["LOCAL_SIZE"] == "2"
+
+
+# --- many machines ---
+
+TWO = Request("rho1", num_gpus=3, nnodes=2, node_rank=1, master_addr="first", master_port=1234, resume="auto")
+
+
+def options_of(command: list[str]) -> dict[str, str]:
+    return dict(part.removeprefix("--").split("=", 1) for part in command[3 : command.index("--module")])
+
+
+def test_the_launcher_of_one_machine_of_two():
+    command = launcher_command([0, 1, 2], TWO, Meeting.of(TWO, {}))
+    options = options_of(command)
+    assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"node-0": [0, 1, 2], "node-1": [0, 1, 2]}
+    assert (options["node_rank"], options["master_addr"], options["master_port"]) == ("1", "first", "1234")
+    # The ranks know from the launcher where they are.
+    assert command[command.index("--module") + 2 :] == Request("rho1", num_gpus=3, resume="auto").arguments()
+
+
+def test_where_ranks_meet():
+    assert Meeting.of(replace(TWO, master_port=None), {}) == Meeting(2, 1, "first", 29500)
+    # A script for many machines runs on one, too.
+    assert Meeting.of(replace(TWO, nnodes=1, node_rank=0), {}) == Meeting(1, 0, "127.0.0.1", 1234)
+    alone = Meeting.of(Request("rho1"), {})
+    assert (alone.nnodes, alone.node_rank, alone.address) == (1, 0, "127.0.0.1")
+    assert alone.port >= 1024
+    options = options_of(launcher_command([0], Request("rho1")))
+    assert (options["node_rank"], options["master_addr"]) == ("0", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "environ", "said"),
+    [
+        ({"node_rank": None}, {}, "--nnodes 2 needs --node_rank: --node_rank numbers the machines from 0"),
+        ({"master_addr": None}, {}, "--nnodes 2 needs --master_addr"),
+        ({"node_rank": 2}, {}, "--node_rank 2: with --nnodes 2 it is at most 1."),
+        ({"nnodes": None}, {}, "--node_rank needs --nnodes"),
+        ({"nnodes": None, "node_rank": None}, {}, "--master_addr needs --nnodes"),
+        ({"nnodes": 1, "node_rank": 1}, {}, "--node_rank 1: with --nnodes 1 it is at most 0."),
+        ({}, {"SLURM_STEP_NUM_TASKS": "8"}, "srun has started 8 of these commands, and --nnodes is 2"),
+        (
+            {"nnodes": None, "node_rank": None, "master_addr": None},
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "srun has started 2 of these commands, and --nnodes is 1",
+        ),
+    ],
+)
+def test_half_of_a_meeting_is_refused(here, monkeypatch, changes, environ, said):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        prepare_launch(replace(TWO, config=LOCAL / "rho1.toml", **changes))
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("environ", [{}, {"SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_STEP_NUM_TASKS": ""}])
+def test_one_command_a_machine_is_right_under_slurm(environ):
+    assert Meeting.of(TWO, environ).nnodes == 2
+
+
+def test_a_resume_counts_the_ranks_of_all_machines(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launching, "fit_ranks", lambda resolved, resume, ranks: seen.append(ranks))
+    command, _ = prepare_launch(replace(TWO, stage="baseline", config=LOCAL / "baseline.toml", resume="never"))
+    assert seen == [6]
+    assert options_of(command)["node_rank"] == "1"
+
+
+def test_machines_are_the_launchers_matter():
+    with pytest.raises(UserError, match="--nnodes is for commands that start the launcher"):
+        decide(place(0, 2), TWO)
+
+
+def test_before_anything_else_machines_are_compared(here, monkeypatch):
+    """As soon as ranks can talk to each other."""
+    import wmtp_ds.train as training
+
+    def refuse(resolved, folder, data, critic):
+        assert folder.root == Path("checkpoints/compared")
+        assert folder._lock is not None
+        assert len(data.train)
+        raise UserError("two machines")
+
+    started = []
+    monkeypatch.setattr(training.engine, "start", lambda device, patience: started.append(patience))
+    monkeypatch.setattr(training, "check_machines", refuse)
+    overrides = ('checkpoint.save_dir="checkpoints/compared"', "runtime.peer_timeout=7")
+    resolved = Request("baseline", config=LOCAL / "baseline.toml", override=overrides).load()
+    with pytest.raises(UserError, match="two machines"):
+        training.train(resolved)
+    assert started == [7.0]
 
 
 # --- the script itself, as a user runs it ---

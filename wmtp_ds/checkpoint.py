@@ -7,8 +7,7 @@ knows the files.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from wmtp_ds.checkpoint_files import (
     LATEST,
     PARTIAL,
     complete_checkpoints,
+    file_names,
     put_back,
     read_manifest,
     remove_checkpoint,
@@ -63,19 +63,24 @@ class Checkpoints:
         final = self.root / step_name(step)
         partial = self.root / f"{PARTIAL}{final.name}"
         failures: list[str] = []
-        with _caught(failures):
+        with distributed.caught(failures):
             if distributed.is_main():
                 remove_leftovers(self.root)
                 partial.mkdir(parents=True)
         self._agree(failures, partial)
-        with _caught(failures):
+        with distributed.caught(failures):
             engine.save_state(self.root, partial.name, state, exclude_frozen=self.exclude_frozen)
         self._agree(failures, partial)
-        with _caught(failures):
-            if distributed.is_main():
+        seen: list[str] = []
+        with distributed.caught(failures):
+            seen = file_names(partial)
+        written = {name for names in distributed.gather_objects(seen) for name in names}
+        with distributed.caught(failures):
+            if distributed.is_main() and not failures:
                 for file, text in files.items():
                     (partial / file).write_text(text)
-                write_manifest(partial, step=step, world_size=distributed.world_size(), global_batch=global_batch)
+                facts = {"step": step, "world_size": distributed.world_size(), "global_batch": global_batch}
+                write_manifest(partial, written, **facts)
                 replace_folder(partial, final)
                 write_atomically(self.root / LATEST, final.name + "\n")
                 self._prune()
@@ -85,13 +90,12 @@ class Checkpoints:
     def _agree(self, failures: list[str], partial: Path) -> None:
         """Go on if no rank has failed; or else stop on all of them, with the words of those that have."""
         try:
-            by_rank = distributed.gather_objects(failures)
+            said = distributed.failures_of_all(failures)
         except RuntimeError as error:
             raise RunError(
                 f"checkpoint {partial.name.removeprefix(PARTIAL)} was not finished: another rank is gone ({error}). "
                 "The checkpoints before it are untouched; go on with --resume auto."
             ) from error
-        said = [f"rank {rank}: {text}" for rank, texts in enumerate(by_rank) for text in texts]
         if not said:
             return
         if distributed.is_main():  # what is there of it takes room where there may be none
@@ -154,12 +158,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB"
     except OSError:
         return "it is not known how much is"
-
-
-@contextmanager
-def _caught(failures: list[str]) -> Iterator[None]:
-    """What goes wrong with files inside becomes a text in ``failures``: the ranks must go on to where they agree."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        failures.append(str(error) or type(error).__name__)

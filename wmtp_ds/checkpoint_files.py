@@ -8,6 +8,7 @@ checkpoints only, whenever a process ends.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,19 +73,26 @@ def unfinished_saves(root: Path) -> list[str]:
 # --- manifests ---
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
+def file_names(folder: Path) -> list[str]:
+    """Every file in a folder and its folders, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def write_manifest(folder: Path, written: Iterable[str] = (), **facts: Any) -> None:
     """List every file of a folder with size and SHA-256, synced to disk: from here on the folder is complete.
 
     Args:
         folder: all is written there.
+        written: files that are there for certain: a network file system may list another machine's late.
         facts: what else the manifest says; a checkpoint's has ``step``, ``world_size`` and ``global_batch``.
     """
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for name in sorted({*file_names(folder), *written} - {MANIFEST}):
+        path = folder / name
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        sync(path)
+    for path in folder.rglob("*"):
         if path.is_dir():
-            sync(path)
-        elif path.name != MANIFEST:
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
             sync(path)
     manifest = {**facts, "saved": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
     write_atomically(folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """The process group, seen from above: every function also works in a single process without one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -109,6 +110,20 @@ def on_main(work: Callable[[], Any]) -> Any:
     return box[0]
 
 
+@contextmanager
+def caught(failures: list[str]) -> Iterator[None]:
+    """What goes wrong with files inside becomes a text in ``failures``: the ranks must go on to where they agree."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failures.append(str(error) or type(error).__name__)
+
+
+def failures_of_all(failures: list[str]) -> list[str]:
+    """What has gone wrong on any rank, the same on all of them: "rank 1: …"."""
+    return [f"rank {number}: {text}" for number, texts in enumerate(gather_objects(failures)) for text in texts]
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
@@ -124,7 +139,7 @@ def is_loss_of_a_peer(error: BaseException) -> bool:
 
 _LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exited"
-    r"|Socket Timeout|ncclRemoteError|failed to recv, got 0 bytes"
+    r"|Socket Timeout|Timed out waiting \d+ms|ncclRemoteError|failed to recv, got 0 bytes"
 )
 
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from wmtp_ds import distributed
 from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import RunError
+from wmtp_ds.peers import Peers, meet
 
-# A rank that waits longer than this for another gives up: a hung peer must not hold GPUs for days.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# NCCL ends a process whose collective has timed out, and says so in its own words: not before ours are said.
+_NCCL_GRACE = timedelta(seconds=60)
 
 
 def _import_deepspeed() -> Any:
@@ -52,14 +53,16 @@ def _as_if_missing(library: str) -> Iterator[None]:
         del sys.modules[library]
 
 
-def start(device: str) -> torch.device:
+def start(device: str, peer_timeout: float = 1800.0) -> torch.device:
     """Form the process group (nccl on GPUs, gloo on CPUs) from the launcher's environment; return this rank's device.
 
     Args:
         device: "cuda" or "cpu".
+        peer_timeout: seconds that a rank waits for another before it gives up.
 
     Raises:
         RunError: if the group cannot form.
+        UserError: if machines were started for different runs.
     """
     os.environ["DS_ACCELERATOR"] = device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -68,12 +71,19 @@ def start(device: str) -> torch.device:
         torch.cuda.set_device(local_rank)
     # An op for inference on CPUs that DeepSpeed would compile here, for a minute and more, and training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if Peers.current is None:
+        Peers.current = meet(rank, world_size, peer_timeout)
+    timeout = timedelta(seconds=peer_timeout)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device == "cuda" else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT
-        )
+        if device == "cuda":
+            deepspeed.init_distributed(dist_backend="nccl", verbose=False, timeout=timeout + _NCCL_GRACE)
+        else:
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the ranks could not form a process group: {error}") from error
+    if Peers.current is not None:
+        Peers.current.start()
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from wmtp_ds import distributed
 from wmtp_ds.checkpoint_files import PARTIAL, replace_folder
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine
-from wmtp_ds.errors import RunError
+from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import store_trunk_fingerprint
@@ -43,45 +45,77 @@ class Exporter:
         """Write an export in place of an older one of that name; every rank must call this.
 
         Raises:
-            RunError: if a file cannot be written; the older export stays.
+            RunError: on every rank, if any of them cannot write; the older export stays.
         """
         final = self._root / name
         partial = self._root / f"{PARTIAL}{name}"
-        try:
+        failures: list[str] = []
+        with _caught(failures):
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            distributed.barrier()
-            self._write_into(partial)
+        self._agree(failures, final)
+        self._write_into(partial, failures)
+        self._agree(failures, final)
+        with _caught(failures):
             if distributed.is_main():
                 (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
                 (partial / "config.toml").write_text(self._resolved.toml())
                 replace_folder(partial, final)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"export {final} could not be written: {error}. Free space or mend the disk.") from error
-        distributed.barrier()
+        self._agree(failures, final)
         return final
 
-    def _write_into(self, folder: Path) -> None:
+    def _agree(self, failures: list[str], final: Path) -> None:
+        """Go on if no rank has failed; or else stop on all of them, with the words of those that have."""
+        if said := distributed.failures_of_all(failures):
+            if distributed.is_main():  # what is there of it takes room where there may be none
+                shutil.rmtree(final.with_name(f"{PARTIAL}{final.name}"), ignore_errors=True)
+            raise RunError(
+                f"export {final} could not be written: {'; '.join(said)}. Free space or mend the disk.", everywhere=True
+            )
+
+    def _write_into(self, folder: Path, failures: list[str]) -> None:
+        """Write all but what says that it is complete. What goes wrong is noted, and every rank gathers to the end."""
         model, main = self._engine.module, distributed.is_main()
         fingerprint = self._trunk_fingerprint
         if model.stage.trains_policy:
-            save_weights(model.policy, folder, sharding=self._engine.sharding)
-            if main:
-                dtype = getattr(torch, self._resolved.config.models.policy.dtype)
-                write_config(folder, model.policy.config, dtype)
-                self._tokenizer.save_pretrained(folder)
-                fingerprint = store_trunk_fingerprint(folder)
+            with _caught(failures):
+                save_weights(model.policy, folder, sharding=self._engine.sharding)
+            with _caught(failures):
+                if main and not failures:
+                    dtype = getattr(torch, self._resolved.config.models.policy.dtype)
+                    write_config(folder, model.policy.config, dtype)
+                    _save_tokenizer(self._tokenizer, folder)
+                    fingerprint = store_trunk_fingerprint(folder)
         if model.value_head is not None:
             head = self._resolved.config.value_head
             state = {name: self._engine.full_value(p).cpu() for name, p in model.value_head.named_parameters()}
-            if main:
-                assert fingerprint is not None
-                save_value_head(
-                    folder / "value_head.safetensors",
-                    state,
-                    hidden_size=model.policy.config.hidden_size,
-                    type=head.type,
-                    activation=head.activation,
-                    trunk_fingerprint=fingerprint,
-                )
+            with _caught(failures):
+                if main and not failures:
+                    assert fingerprint is not None
+                    save_value_head(
+                        folder / "value_head.safetensors",
+                        state,
+                        hidden_size=model.policy.config.hidden_size,
+                        type=head.type,
+                        activation=head.activation,
+                        trunk_fingerprint=fingerprint,
+                    )
+
+
+@contextmanager
+def _caught(failures: list[str]) -> Iterator[None]:
+    with distributed.caught(failures):
+        try:
+            yield
+        except (SafetensorError, UserError) as error:  # the first is what a full disk comes as, too
+            raise OSError(str(error)) from error
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # what a full disk comes as

@@ -7,6 +7,9 @@ DeepSpeed's launcher hands everything after the script to the script, so ``--num
 - started with more local ranks than asked for, the surplus leaves and the rest is a world of N;
 - anything else cannot be mended from inside and is an error with the command to type.
 
+On several machines a launcher is started on each, with ``--nnodes`` and ``--node_rank``, by whatever starts commands
+there (srun, ssh); or DeepSpeed's own front end starts them all from a hostfile.
+
 Nothing here imports torch before it is known that this process trains.
 """
 
@@ -37,6 +40,9 @@ SCRIPT = "bin/train_stage.py"
 _SIGNALS = frozenset(int(number) for number in signal.Signals)
 # More than any machine has GPUs; a slip of the finger must not start thousands of processes.
 MAX_RANKS = 256
+MAX_NODES = 4096
+# DeepSpeed's own.
+MASTER_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,14 @@ class Request:
     device: str | None = None
     resume: str = "never"
     override: tuple[str, ...] = ()
+    nnodes: int | None = None
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+    def for_ranks(self) -> "Request":
+        """What the ranks are to know: where they are the launcher tells them."""
+        return replace(self, nnodes=None, node_rank=None, master_addr=None, master_port=None)
 
     def arguments(self) -> list[str]:
         """The same as command-line arguments."""
@@ -62,6 +76,10 @@ class Request:
             "--run-name": self.run_name,
             "--device": self.device,
             "--resume": self.resume,
+            "--nnodes": self.nnodes,
+            "--node_rank": self.node_rank,
+            "--master_addr": self.master_addr,
+            "--master_port": self.master_port,
         }
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
         return given + [part for text in self.override for part in ("--override", text)]
@@ -101,6 +119,15 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stage", required=True, help="baseline, critic, verifiable or rho1 (or one of your own)."),
         click.option(
             "--num_gpus", "--num-gpus", type=click.IntRange(1, MAX_RANKS), help="Ranks to train with on this machine."
+        ),
+        click.option("--nnodes", type=click.IntRange(1, MAX_NODES), help="Machines, each of which runs this command."),
+        click.option("--node_rank", "--node-rank", type=click.IntRange(0), help="This machine's number, from 0."),
+        click.option("--master_addr", "--master-addr", help="The address of machine 0."),
+        click.option(
+            "--master_port",
+            "--master-port",
+            type=click.IntRange(1, 65535),
+            help=f"A free port there; default: {MASTER_PORT}, or any free one where there is one machine.",
         ),
         click.option("--config", type=click.Path(path_type=Path), help="Default: stage_configs/<stage>.toml."),
         click.option("--critic-checkpoint", help="The critic's folder, file or MLflow URI (verifiable)."),
@@ -154,6 +181,11 @@ def decide(place: Place | None, request: Request) -> Literal["launch", "leave", 
     wanted = request.num_gpus
     if place is None:
         return "launch"
+    if request.nnodes is not None:
+        raise UserError(
+            "--nnodes is for commands that start the launcher, and this one was started by it. Leave it out: the "
+            "launcher is told by its --hostfile."
+        )
     if wanted is None or wanted == place.local_size:
         return "train"
     if place.world_size == 1:
@@ -178,16 +210,71 @@ def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str
     return environment
 
 
-def launcher_command(ranks: Sequence[int | str], request: Request) -> list[str]:
-    """DeepSpeed's single-node launcher for ranks on the given device ids, on a free port."""
-    return ranks_command(ranks, "wmtp_ds.rank", request.arguments())
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of all machines meet, and which of them this is."""
+
+    nnodes: int
+    node_rank: int
+    address: str
+    port: int
+
+    @classmethod
+    def of(cls, request: Request, environ: Mapping[str, str]) -> "Meeting":
+        """As the request says; a free port on this machine if it says nothing.
+
+        Raises:
+            UserError: if it says half of it, or srun has started more of these commands than it knows of.
+        """
+        nnodes = request.nnodes or 1
+        _check_tasks(nnodes, environ)
+        named = {"--node_rank": request.node_rank, "--master_addr": request.master_addr}
+        if request.nnodes is None and (given := [name for name, value in named.items() if value is not None]):
+            raise UserError(f"{given[0]} needs --nnodes: the number of machines, each of which runs this command.")
+        if (request.node_rank or 0) >= nnodes:
+            raise UserError(f"--node_rank {request.node_rank}: with --nnodes {nnodes} it is at most {nnodes - 1}.")
+        if nnodes == 1:
+            return cls(1, 0, "127.0.0.1", request.master_port or free_port())
+        if missing := [name for name, value in named.items() if value is None]:
+            raise UserError(
+                f"--nnodes {nnodes} needs {missing[0]}: --node_rank numbers the machines from 0, --master_addr is the "
+                "address of number 0, the same on all."
+            )
+        assert request.node_rank is not None
+        assert request.master_addr is not None
+        return cls(nnodes, request.node_rank, request.master_addr, request.master_port or MASTER_PORT)
 
 
-def ranks_command(ranks: Sequence[int | str], module: str, arguments: Sequence[str]) -> list[str]:
-    """The launcher for any module of ours that runs in ranks."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ranks)}).encode()).decode()
+def _check_tasks(nnodes: int, environ: Mapping[str, str]) -> None:
+    """Every task of a SLURM step starts this command: there must be one a machine, and each must know of the others.
+
+    Raises:
+        UserError: if not; otherwise each would start a run of its own, in one folder.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdecimal() or int(tasks) == nnodes:
+        return
+    raise UserError(
+        f"srun has started {tasks} of these commands, and --nnodes is {nnodes}: one on each machine starts the ranks "
+        "there. srun --ntasks-per-node=1 bash -c 'wmtp-ds train … --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID "
+        "--master_addr FIRST_HOST' (docs/multinode.md)."
+    )
+
+
+def launcher_command(ranks: Sequence[int | str], request: Request, meeting: Meeting | None = None) -> list[str]:
+    """DeepSpeed's launcher of one machine for ranks on the given device ids."""
+    return ranks_command(ranks, "wmtp_ds.rank", request.for_ranks().arguments(), meeting)
+
+
+def ranks_command(
+    ranks: Sequence[int | str], module: str, arguments: Sequence[str], meeting: Meeting | None = None
+) -> list[str]:
+    """The launcher for any module of ours that runs in ranks: as many on each machine, by default on this one alone."""
+    meeting = meeting or Meeting(1, 0, "127.0.0.1", free_port())
+    nodes = {f"node-{number}": list(ranks) for number in range(meeting.nnodes)}
+    world = base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", f"--world_info={world}"]
-    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    address = [f"--master_addr={meeting.address}", f"--master_port={meeting.port}", f"--node_rank={meeting.node_rank}"]
     return [*launcher, *address, "--module", module, *arguments]
 
 
@@ -304,14 +391,15 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: for a wrong config, missing files, too few GPUs, no compiler.
     """
+    meeting = Meeting.of(request, os.environ)
     resolved = request.load()
     check_resume(resolved, request.resume)
     device = resolve_device(resolved.config.runtime.device)
     check_compiler(device, resolved.deepspeed(1))
     check_kernels(device)
     ids = device_ids(device, request.num_gpus, os.environ)
-    fit_ranks(resolved, request.resume, len(ids))
-    return launcher_command(ids, request), launch_environment(device, os.environ)
+    fit_ranks(resolved, request.resume, len(ids) * meeting.nnodes)
+    return launcher_command(ids, request, meeting), launch_environment(device, os.environ)
 
 
 def launch(request: Request) -> int:
@@ -327,7 +415,10 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: Te
         environment: of the launcher and the ranks.
         stdout: where their standard output goes; None: where this process's goes.
     """
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, stdout=stdout)
+    # SLURM may send its warning to every process of a job, and it would end the launcher, which knows nothing of it.
+    launcher = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=stdout, preexec_fn=_ignore_warning
+    )
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
@@ -354,6 +445,10 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: Te
         click.echo(f"error: a rank was ended by {_meaning(ended_by)}. Go on with --resume auto.", err=True)
         return 1
     return code
+
+
+def _ignore_warning() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _meaning(number: int) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -90,6 +91,7 @@ def train_rank(request: Request, place: Place) -> int:
 def enter_rank(device: str, place: Place, log_level: str) -> None:
     """Make this process a rank: it ends with its launcher, is quiet, and takes its share of the cores."""
     die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # ignored by launchers, whose children inherit that
     quiet(log_level, place)
     os.environ["DS_ACCELERATOR"] = device
     if device == "cpu":
@@ -122,19 +124,15 @@ def run_rank(work: Callable[[], int]) -> int:
 def _say(error: Exception) -> int:
     """Say what has ended this rank, unless another has more to say; the exit code."""
     from wmtp_ds import distributed
+    from wmtp_ds.peers import Peers
 
     if distributed.is_loss_of_a_peer(error):
         # That rank's own error is what matters, and the launcher is about to end this one, or has asked it to end.
-        if Interruption.any_seen:
-            return 1
-        time.sleep(_LAST_WORD_SECONDS)
-        last = " ".join(str(error).split())[:200]
-        click.echo(
-            f"error: rank {distributed.rank()} lost the connection to another rank, and nothing on this machine says "
-            f"why ({last}). Look at the other machines' output; then go on with --resume auto.",
-            err=True,
-        )
+        if not Interruption.any_seen:
+            _say_loss(error)
         return 1
+    if Peers.current is not None:
+        Peers.current.report_own_end(" ".join(str(error).split())[:400] or type(error).__name__)
     if not isinstance(error, UserError):
         traceback.print_exception(error)
         return 1
@@ -143,6 +141,21 @@ def _say(error: Exception) -> int:
     if error.everywhere and isinstance(error, RunError):
         distributed.barrier()  # the first rank to leave ends the others: not before it is said
     return error.exit_code
+
+
+def _say_loss(error: Exception) -> None:
+    """Say which rank is gone. One of this machine says so itself, or its launcher does, and then ends this one."""
+    from wmtp_ds import distributed
+    from wmtp_ds.peers import Peers
+
+    peers = Peers.current
+    assert peers is not None, "there are other ranks, and they have met"
+    loss = peers.find_loss()
+    if loss is None or peers.own.node in loss.nodes:
+        time.sleep(_LAST_WORD_SECONDS)
+    last = " ".join(str(error).split())[:200]
+    unknown = f"rank {distributed.rank()} waits in vain for another one, though all give signs of life ({last})"
+    peers.say(unknown if loss is None else loss.text)
 
 
 def share_cores(ranks: int) -> None:

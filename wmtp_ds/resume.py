@@ -45,6 +45,7 @@ _FREE = (
     "checkpoint.",
     "mlflow.",
     "runtime.log_level",
+    "runtime.peer_timeout",
     "runtime.device",
     "deepspeed.",
 )

@@ -2,9 +2,12 @@
 
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
+from uuid import uuid4
 
 from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints
@@ -12,6 +15,9 @@ from wmtp_ds.checkpoint_files import checkpoint_folders, verify_manifest
 from wmtp_ds.errors import UserError
 from wmtp_ds.resume import find_checkpoint
 from wmtp_ds.run_summary import read_summary, why_not_a_runs_folder
+
+LOCK = ".lock"
+_SHOWN_LATE_SECONDS = 45.0
 
 
 class RunFolder:
@@ -29,6 +35,7 @@ class RunFolder:
         self.root = root
         self.resume = resume
         self._lock: TextIO | None = None
+        self._token = uuid4().hex
         # A run that starts anew moves an earlier run aside; it must never move anything else.
         if what := why_not_a_runs_folder(root):
             raise UserError(f"checkpoint.save_dir: {root} {what}. Give each run a folder of its own.")
@@ -42,8 +49,12 @@ class RunFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.root / ".lock").open("w")
+            self._lock = (self.root / LOCK).open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(self._token)
+            self._lock.flush()
+            os.fsync(self._lock.fileno())  # the ranks of other machines are to read it
         except BlockingIOError:
             raise UserError(
                 f"checkpoint.save_dir: another run is training in {self.root}. Wait for it, or choose another folder "
@@ -52,12 +63,42 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"checkpoint.save_dir: cannot write to {self.root}: {error}") from None
 
+    def check_shared(self, peer_timeout: float) -> None:
+        """Every rank must see the folder that rank 0 has locked: checkpoints are written by all ranks, into one.
+
+        Args:
+            peer_timeout: seconds after which ranks give up that wait for others.
+
+        Raises:
+            UserError: on every rank, if one of them sees another folder, or none.
+        """
+        token = distributed.broadcast_object(self._token if distributed.is_main() else None)
+        # Network file systems may show another machine's new file half a minute late.
+        deadline = time.monotonic() + min(_SHOWN_LATE_SECONDS, peer_timeout / 2)
+        while not (seen := self._shows(token)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        views = distributed.gather_objects((seen, socket.gethostname()))
+        blind = sorted({host for sees, host in views if not sees})
+        if blind:
+            raise UserError(
+                f"checkpoint.save_dir: {self.root.absolute()} is another folder on {', '.join(blind)} than on "
+                f"{views[0][1]}. Checkpoints are written by all ranks: choose a folder on a file system that all "
+                "machines share."
+            )
+
+    def _shows(self, token: str) -> bool:
+        try:
+            with os.scandir(self.root) as entries:  # which asks the server anew
+                return any(entry.name == LOCK for entry in entries) and (self.root / LOCK).read_text() == token
+        except OSError:
+            return False
+
     def prepare(self, say: Callable[[str], None]) -> None:
         """Make room for a run that starts anew: an earlier run's files move aside, none is ever overwritten.
 
         Only the main rank calls this.
         """
-        earlier = [path for path in self.root.iterdir() if path.name != ".lock"]
+        earlier = [path for path in self.root.iterdir() if path.name != LOCK]
         if not earlier or self._goes_on_here():
             return
         number = 1

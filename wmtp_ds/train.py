@@ -30,9 +30,11 @@ from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
 from wmtp_ds.guard import Guard
 from wmtp_ds.launch import resolve_device
+from wmtp_ds.machines import check_machines
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.models.loading import load_policy
 from wmtp_ds.out_of_memory import explain, is_out_of_memory
+from wmtp_ds.peers import Peers
 from wmtp_ds.plots import plot_losses
 from wmtp_ds.progress import Display
 from wmtp_ds.random_state import random_state, restore_random, seed_random
@@ -73,7 +75,8 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
     if is_main_process():
         folder.lock()
     try:
-        device = engine.start(resolve_device(resolved.config.runtime.device))
+        device = engine.start(resolve_device(resolved.config.runtime.device), resolved.config.runtime.peer_timeout)
+        check_machines(resolved, folder, data, critic)
         fill_rewards(resolved, data, device)
         training = Training(resolved, data, folder, device, critic)
         for change in (*changes, *cut):
@@ -158,6 +161,8 @@ class Training:
 
     def close(self, status: str) -> None:
         """End the tracked run and release what is held."""
+        if status != "FAILED" and Peers.current is not None:
+            Peers.current.watch_no_more()
         self.display.close()
         if self.tracker is not None:
             # After a signal or an error there is little time before the process is killed; `track sync` sends the rest.

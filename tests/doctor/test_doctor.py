@@ -4,6 +4,7 @@ import errno
 import http.server
 import importlib.metadata
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -317,6 +319,62 @@ def test_the_sandbox(monkeypatch):
     assert "\n" not in found.text
 
 
+def test_shared_memory_that_killed_processes_left(tmp_path):
+    """What a process has open or mapped, what is young and what is somebody else's stays."""
+    names = ["deepspeed_allreduce_buffer_0_127.0.0.1_29500_0", "nccl-aB3xYz", "torch_12_34"]
+    stale, mapped, opened = (tmp_path / name for name in names)
+    young, other = tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29501_0", tmp_path / "somebody-elses"
+    for path in (stale, mapped, opened, young, other):
+        path.write_bytes(bytes(8192))
+        if path is not young:
+            os.utime(path, (1, 1))
+    (tmp_path / "nccl-link").symlink_to(other)
+    descriptor = os.open(mapped, os.O_RDWR)
+    memory = mmap.mmap(descriptor, 8192)
+    os.close(descriptor)
+    with opened.open("rb"):
+        found = one(machine.leftovers(place=tmp_path))
+        assert found.status == "warning"
+        assert found.text.startswith("1 files, 0.0 GiB, in ")
+        assert stale.name in found.text
+        assert found.mend == "wmtp-ds doctor --clean"
+        assert one(machine.leftovers(True, tmp_path)).text.startswith("removed 1 files")
+        assert not stale.exists()
+        assert all(path.exists() for path in (mapped, opened, young, other))
+        assert one(machine.leftovers(True, tmp_path)).text == "nothing"
+    memory.close()
+    assert machine.left_in_shared_memory(tmp_path) == [mapped, opened]
+    assert machine.left_in_shared_memory(tmp_path, processes=tmp_path) == [mapped, opened]
+
+
+@pytest.fixture
+def shared_memory():
+    """A folder where files are what they are in mappings, too: not so on every file system."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="tests-") as folder:
+        yield Path(folder)
+
+
+def test_what_a_killed_process_had_mapped_is_left(shared_memory):
+    """With a real one, while it lives and after kill -9."""
+    file = shared_memory / "deepspeed_allreduce_buffer_0_host_1_0"
+    file.write_bytes(bytes(8192))
+    os.utime(file, (1, 1))
+    holds = (
+        "import mmap, os, sys, time\n"
+        "file = open(sys.argv[1], 'r+b')\n"
+        "memory = mmap.mmap(file.fileno(), 8192)\n"
+        "os.closerange(3, 256)\n"  # the mapping alone
+        "print('mapped', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holds, str(file)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "mapped\n"
+    assert machine.left_in_shared_memory(shared_memory) == []
+    process.kill()
+    process.wait()
+    assert machine.left_in_shared_memory(shared_memory) == [file]
+
+
 # --- all of it ---
 
 
@@ -353,8 +411,16 @@ def test_what_a_config_needs(checkout, monkeypatch):
 @pytest.fixture
 def findings(monkeypatch):
     """What the command is to find."""
-    found: list[Finding] = []
-    monkeypatch.setattr(examination, "examination", lambda needs: iter(found))
+
+    class Findings(list):
+        cleaned = None
+
+        def examination(self, needs, clean):
+            self.cleaned = clean
+            return iter(self)
+
+    found = Findings()
+    monkeypatch.setattr(examination, "examination", found.examination)
     return found
 
 
@@ -368,6 +434,9 @@ def test_the_command(findings):
         "         -> Wait.",
         "0 failures, 1 warnings",
     ]
+    assert findings.cleaned is False
+    assert CliRunner().invoke(doctor, ["--clean"], standalone_mode=False).return_value == 0
+    assert findings.cleaned is True
     findings.append(Finding("c", "failure", "broken", "Mend it."))
     done = CliRunner().invoke(doctor, ["--json"], standalone_mode=False)
     assert done.return_value == 1

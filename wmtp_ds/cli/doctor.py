@@ -12,8 +12,9 @@ _MARKS = {"ok": "ok     ", "warning": "warning", "failure": "FAILURE"}
 @click.command(epilog="Example: wmtp-ds doctor stage_configs/local/rho1.toml")
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one key; may be repeated.")
+@click.option("--clean", is_flag=True, help="Remove the shared memory that killed processes have left.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
+def doctor(config: Path | None, overrides: tuple[str, ...], clean: bool, as_json: bool) -> int:
     """Look at what training needs: versions, GPUs, compilers, kernels, disk, ports, MLflow, the sandbox.
 
     With CONFIG, at what that run needs: its device, its folder, its tracking server. Each line is ok, a warning
@@ -27,7 +28,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> in
         raise click.UsageError("--override needs a CONFIG to lay its value over")
     needs = Needs() if config is None else Needs.of(load_config(config, overrides, checks=False))
     findings = []
-    for finding in examination(needs):
+    for finding in examination(needs, clean=clean):
         findings.append(finding)
         if not as_json:
             click.echo(f"{_MARKS[finding.status]}  {finding.name}: {finding.text}")

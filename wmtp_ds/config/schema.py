@@ -206,6 +206,9 @@ class RuntimeConfig(Table):
     mixed_precision: bool = Field(
         default=True, description="compute in the model's dtype with float32 masters; false: float32 throughout"
     )
+    peer_timeout: float = Field(
+        default=1800.0, ge=1, le=7 * 86400, description="seconds that a rank waits for another before it gives up"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is said")
 
 

@@ -56,8 +56,8 @@ def _checkpoint_bytes(resolved: Resolved) -> int:
     return int(periodic + (kept.save_best + kept.save_final) * setup.b * trained)
 
 
-def examination(needs: Needs) -> Iterator[Finding]:
-    """Every finding, in the order in which they are of use."""
+def examination(needs: Needs, *, clean: bool = False) -> Iterator[Finding]:
+    """Every finding, in the order in which they are of use; with ``clean``, what killed processes left is removed."""
     checks: dict[str, Check] = {
         "python": software.python,
         "libraries": software.libraries,
@@ -67,6 +67,7 @@ def examination(needs: Needs) -> Iterator[Finding]:
         "loss kernels": software.kernels,
         "disk": partial(machine.disk, needs.save_dir, needs.checkpoints),
         "memory": machine.memory,
+        "left in shared memory": partial(machine.leftovers, clean),
         "limits": machine.limits,
         "ports": machine.ports,
         "mlflow": partial(machine.tracking, needs.tracking_uri),

@@ -1,10 +1,13 @@
 """Disk, memory, limits, ports, the tracking server and the sandbox."""
 
+import contextlib
 import os
 import resource
 import shutil
 import socket
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -63,6 +66,74 @@ def memory() -> Iterator[Finding]:
         yield Finding("shared memory", "warning", f"{total / 2**20:.0f} MiB in {place}", mend)
     else:
         yield Finding("shared memory", "ok", f"{total / _GIB:.1f} GiB in {place}")
+
+
+# What is made there under these names is of use to the processes alone that have it open.
+_SHARED_FILES = ("deepspeed_allreduce_buffer_*", "nccl-*", "torch_*")
+_YOUNG_SECONDS = 60
+
+
+def left_in_shared_memory(place: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[Path]:
+    """This user's files of which no process has any open or mapped: those that it was made for were killed.
+
+    Others than this user's processes cannot use them: they are made for nobody else to read.
+    """
+    now, own = time.time(), os.getuid()
+    found = {}
+    for path in (path for pattern in _SHARED_FILES for path in place.glob(pattern)):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            # A young one may be about to be opened by the others that it is made for.
+            if stat.S_ISREG(status.st_mode) and status.st_uid == own and now - status.st_mtime > _YOUNG_SECONDS:
+                found[status.st_ino, status.st_dev] = path
+    for process in processes.glob("[0-9]*"):
+        if not found:
+            break
+        for inode in _files_of(process):
+            found.pop(inode, None)
+    return sorted(found.values())
+
+
+def _files_of(process: Path) -> Iterator[tuple[int, int]]:
+    """(inode, device) of each file that a process has open or mapped."""
+    with contextlib.suppress(OSError):
+        if process.stat().st_uid != os.getuid():
+            return
+        # Also by name: mappings outlive the descriptors that they were made with.
+        for line in (process / "maps").read_text(errors="replace").splitlines():
+            parts = line.split(maxsplit=5)
+            if len(parts) == 6 and parts[4] != "0":
+                major, minor = (int(number, 16) for number in parts[3].split(":"))
+                yield int(parts[4]), os.makedev(major, minor)
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                status = descriptor.stat()
+                yield status.st_ino, status.st_dev
+
+
+def leftovers(clean: bool = False, place: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Shared memory that killed processes have left, of which a machine collects gigabytes.
+
+    Args:
+        clean: remove it.
+        place: where it lies.
+    """
+    left = left_in_shared_memory(place)
+    size = 0
+    for path in left:
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+            if clean:
+                path.unlink()
+    text = f"{len(left)} files, {size / _GIB:.1f} GiB, in {place} of processes that are gone"
+    if not left:
+        yield Finding("left in shared memory", "ok", "nothing")
+    elif clean:
+        yield Finding("left in shared memory", "ok", f"removed {text}")
+    else:
+        yield Finding(
+            "left in shared memory", "warning", f"{text}, {left[0].name} among them", "wmtp-ds doctor --clean"
+        )
 
 
 def limits() -> Iterator[Finding]:

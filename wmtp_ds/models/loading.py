@@ -199,17 +199,21 @@ def save_weights(
         shard_bytes: a new file is begun beyond this size; the memory needed on the main rank.
 
     Raises:
-        OSError: if a file cannot be written.
+        OSError: on the main rank, if a file cannot be written; after all is gathered, so that no other rank waits.
     """
     sharding = sharding or Whole()
+    failures: list[OSError] = []
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = total_bytes = 0
 
     def flush() -> None:
         nonlocal pending_bytes
-        if pending and sharding.is_main:
-            _write_shard(pending, folder / f"part-{len(shards)}.safetensors")
+        if pending and sharding.is_main and not failures:
+            try:
+                _write_shard(pending, folder / f"part-{len(shards)}.safetensors")
+            except OSError as error:
+                failures.append(error)
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
@@ -225,6 +229,8 @@ def save_weights(
             flush()
     if pending:
         flush()
+    if failures:
+        raise failures[0]
     if sharding.is_main:
         _name_shards(folder, shards, total_bytes)
 
