@@ -14,7 +14,7 @@ from wmtp_ds.train import Progress, Training
 def training() -> Any:
     made: Any = Training.__new__(Training)
     made.progress, made.main = Progress(), True
-    made.engine = SimpleNamespace(rescaled=False)
+    made.engine, made.tracker = SimpleNamespace(rescaled=False), None
     made.guard = SimpleNamespace(judge=lambda metrics, rescaled: None)
     made.asked = []
     made.stopper = SimpleNamespace(should_stop=lambda seen: bool(made.asked.append(seen)))
@@ -55,8 +55,11 @@ def test_an_overflow_of_the_loss_scale_is_no_gradient_norm(training):
 def test_a_rollback_keeps_the_best_because_its_export_is_there(training):
     training.progress = Progress(step=9, best=1.0)
     training._restore = lambda source: setattr(training, "progress", Progress(step=4, best=2.0))
+    told = []
+    training.tracker = SimpleNamespace(go_back=told.append)
     training._roll_back(Path("step_00000004"))
     assert (training.progress.step, training.progress.best) == (4, 1.0)
+    assert told == [4], "what is logged again counts"
 
 
 class Windows:
