@@ -21,9 +21,12 @@ pytestmark = pytest.mark.soak
 def test_a_step_is_at_most_two_percent_slower(workspace: Path) -> None:
     found = soak(workspace, rounds=6, seconds=40, seed=0)
     print(json.dumps(found))
+    noise = found["off again"]["typically_off_by"]
     for kind in ("good", "slow", "dead"):
-        assert found[kind]["slower"] <= 0.02, kind
-        assert found[kind]["in_calls"] <= 0.02, kind
+        # What the tracker can cost at most, however busy the machine is with other things ...
+        assert found[kind]["in_calls"] + found[kind]["thread"] <= 0.02, kind
+        # ... and what the clock says, as far as it can be told from noise.
+        assert found[kind]["slower"] <= 0.02 + noise, kind
 
 
 def test_a_server_that_is_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
