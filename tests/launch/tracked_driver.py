@@ -56,6 +56,7 @@ class Watched(wmtp_ds.train.Training):
 
 
 sys.addaudithook(listen)
+tracking.FLUSH_INTERVAL = tracking.LONGEST_INTERVAL = 0.1  # so that the server is asked all the time
 out = Path(sys.argv[1])
 job = json.loads(sys.argv[2])
 torch.set_num_threads(1)
