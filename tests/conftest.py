@@ -3,9 +3,14 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mlflow_server import MlflowServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -65,3 +70,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trunk_layers=1,
     )
     return root
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MlflowServer]":
+    """A real MLflow server with basic authentication, shared by all tests: it takes seconds to start."""
+    from mlflow_server import PASSWORD, READER, READER_PASSWORD, USER, MlflowServer
+
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"))
+    try:
+        server.start()
+        server.add_user(USER, PASSWORD)
+        server.add_user(READER, READER_PASSWORD)
+        yield server
+    finally:
+        server.kill()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,7 @@ class Launcher:
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     fake = Launcher()
     monkeypatch.setattr(pipelining, "launch", fake)
+    monkeypatch.setattr(pipelining, "_why_not_in_mlflow", lambda *_: "")
     return fake
 
 
@@ -168,6 +170,25 @@ def test_the_critic_is_handed_over_as_an_artifact_where_it_is_tracked(here, laun
     assert critic.startswith("runs:/critic-run/")
     assert [asked.critic_checkpoint for asked in launcher.requests] == [None, critic]
     assert [asked.override[-1] for asked in launcher.requests] == ['mlflow.parent_run_id="parent-run"'] * 2
+
+
+def test_an_artifact_that_mlflow_cannot_give_is_handed_over_by_path(here, launcher, monkeypatch):
+    """The server may have died, or have no room for artifacts: the critic lies here all the same."""
+    launcher.run_ids = True
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(pipelining, "launch", launcher)
+    dead = 'mlflow.tracking_uri="http://127.0.0.1:9"'
+    requests = [request("critic", dead), request("verifiable", dead)]
+    code, _, said = run(*requests, reuse=True)
+    assert code == 0
+    assert launcher.requests[-1].critic_checkpoint == "checkpoints/local-critic/checkpoint_best"
+    assert any(re.search("runs:/critic-run/.* cannot be had .* handed over as checkpoints/", line) for line in said)
+    # It is the same critic, and so verifiable is not trained again once the server is back.
+    monkeypatch.setattr(pipelining, "_why_not_in_mlflow", lambda *_: "")
+    launcher.requests.clear()
+    assert run(*requests, reuse=True)[0] == 0
+    assert launcher.requests == []
 
 
 def test_an_artifact_of_another_server_is_handed_over_by_path(here, launcher, monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from wmtp_ds.train import Progress, Training
 
@@ -14,7 +15,7 @@ from wmtp_ds.train import Progress, Training
 def training() -> Any:
     made: Any = Training.__new__(Training)
     made.progress, made.main = Progress(), True
-    made.engine = SimpleNamespace(rescaled=False)
+    made.engine, made.tracker = SimpleNamespace(rescaled=False), None
     made.guard = SimpleNamespace(judge=lambda metrics, rescaled: None)
     made.asked = []
     made.stopper = SimpleNamespace(should_stop=lambda seen: bool(made.asked.append(seen)))
@@ -55,8 +56,28 @@ def test_an_overflow_of_the_loss_scale_is_no_gradient_norm(training):
 def test_a_rollback_keeps_the_best_because_its_export_is_there(training):
     training.progress = Progress(step=9, best=1.0)
     training._restore = lambda source: setattr(training, "progress", Progress(step=4, best=2.0))
+    told = []
+    training.tracker = SimpleNamespace(go_back=told.append)
     training._roll_back(Path("step_00000004"))
     assert (training.progress.step, training.progress.best) == (4, 1.0)
+    assert told == [4], "what is logged again counts"
+
+
+@pytest.mark.parametrize("source", [None, Path("step_00000007")])
+def test_a_resume_tells_the_tracker_from_which_step(training, source, tmp_path, monkeypatch):
+    told = []
+    tracker = SimpleNamespace(go_back=told.append, log_artifact=lambda *_: None)
+    monkeypatch.setattr("wmtp_ds.train.start_tracking", lambda *_, **__: tracker)
+    training.folder = SimpleNamespace(root=tmp_path, prepare=lambda _: None, source=lambda *_: source)
+    training.checkpoints, training.device, training.tags = None, torch.device("cpu"), {}
+    training.resolved = SimpleNamespace(toml=str, hash=str, flat=dict, warnings=[])
+    training.config = SimpleNamespace(experiment=SimpleNamespace(tags={}, stage="critic"), mlflow=None)
+    plan = SimpleNamespace(warnings=[], global_batch=4)
+    training.data = SimpleNamespace(plan=plan, too_long=0, total_steps=9, train=[])
+    training.display = SimpleNamespace(say=lambda _: None)
+    training._restore = lambda _: setattr(training.progress, "step", 7)
+    training.start("a run")
+    assert told == ([] if source is None else [7])
 
 
 class Windows:

@@ -9,6 +9,7 @@ from wmtp_ds import distributed
 from wmtp_ds.config import Resolved
 from wmtp_ds.engine import Engine, FrozenEngine, Zero3Sharding
 from wmtp_ds.handoff import ValueHeadFile, check_value_head, load_value_head, locate_critic
+from wmtp_ds.mlflow_client import inherited_tracking_uri
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
 from wmtp_ds.models.loading import check_architecture, load_policy, read_llama_config
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
@@ -36,7 +37,7 @@ def fetch_critic(resolved: Resolved) -> Path | None:
     assert config.experiment.critic_checkpoint is not None
     path = locate_critic(
         config.experiment.critic_checkpoint,
-        tracking_uri=config.mlflow.tracking_uri,
+        tracking_uri=inherited_tracking_uri(config.mlflow.tracking_uri),
         cache_dir=Path(config.checkpoint.save_dir).parent / ".critics",
     )
     policy = Path(config.models.policy.path)

@@ -234,11 +234,13 @@ def _check_run(client: Any, uri: CriticUri, shown: str, tracking_uri: str) -> No
     try:
         run = client.get_run(uri.run_id)
     except Exception as error:
-        if mlflow_client.error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+        forbidden = mlflow_client.is_forbidden(error)
+        if not forbidden and mlflow_client.error_code(error) != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise UserError(
             f"'{shown}' names the run {uri.run_id}, which MLflow at {mlflow_client.mask_secrets(tracking_uri)} does "
-            "not have.\n  Mend: copy the run's id from MLflow, or set mlflow.tracking_uri to where it was tracked."
+            f"not have{', or does not show to this user' if forbidden else ''}.\n  Mend: copy the run's id from "
+            "MLflow, or set mlflow.tracking_uri to where it was tracked."
         ) from None
     if uri.experiment_id and run.info.experiment_id != uri.experiment_id:
         raise UserError(

@@ -26,6 +26,12 @@ _QUERY_SECRET = re.compile(
 )
 _SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
 _SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|access_key|credentials?)$", re.IGNORECASE)
+_REFUSED = re.compile(r"\b40[13]\b")
+# What boto3 says where a bucket, its credentials or its server are not what they should be.
+_S3_TROUBLE = re.compile(
+    r"NoSuchBucket|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|Unable to locate credentials"
+    r"|bucket does not exist|endpoint URL|\b(Put|Get|Head)Object operation"
+)
 # Shorter values of secret-looking variables ("1", "true") are ordinary words, not secrets.
 _SHORTEST_SECRET = 6
 
@@ -40,6 +46,7 @@ _QUIET_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "AWS_MAX_ATTEMPTS": "2",  # boto3 asks five times, and waits two minutes for each answer
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NOISY_LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
@@ -66,6 +73,16 @@ def mask_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
         text = text.replace(secret, MASK)
     text = _USERINFO.sub(f"{MASK}@", text)
     return _QUERY_SECRET.sub(rf"\g<1>{MASK}", text)
+
+
+def inherited_tracking_uri(configured: str) -> str:
+    """The tracking URI that is to be used: that of the `mlflow run` which started us, or the configured one.
+
+    `mlflow run` has made a run on its own server and named both in the environment; a config that turns tracking off
+    ("") is heeded all the same.
+    """
+    inherited = os.environ.get("MLFLOW_TRACKING_URI") if os.environ.get("MLFLOW_RUN_ID") else None
+    return (inherited or configured) if configured else ""
 
 
 def clean_tracking_uri(uri: str) -> str:
@@ -153,15 +170,22 @@ def error_code(error: BaseException) -> str:
     return code if isinstance(code, str) else ""
 
 
+def is_forbidden(error: BaseException) -> bool:
+    """Whether the server knows the user and refuses; with basic authentication also what it does not have."""
+    return error_code(error) == "PERMISSION_DENIED" or bool(re.search(r"\berror code 403\b", str(error)))
+
+
 def explain(error: BaseException) -> str:
     """Say in one line, without secrets, what went wrong with MLflow, with a hint where one is known."""
     text = " ".join(str(error).split()) or type(error).__name__
-    # Only the first sentences: MLflow appends whole response bodies.
-    text = mask_secrets(text[:2000])
-    text = text if len(text) <= 300 else text[:297] + "..."
+    # Of whole response bodies the beginning tells what they are; what boto3 says comes last, after long paths.
+    text = mask_secrets(text)
+    text = text if len(text) <= 300 else f"{text[:180]}...{text[-117:]}"
     lower = str(error).lower()
     if isinstance(error, ImportError) and "boto3" in lower:
         return f"{text} (artifacts on S3 need boto3: pip install boto3)"
-    if "401" in lower or "403" in lower or error_code(error) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+    if _S3_TROUBLE.search(str(error)):
+        return f"{text} (check the bucket, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and MLFLOW_S3_ENDPOINT_URL)"
+    if _REFUSED.search(lower) or error_code(error) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return f"{text} (check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN)"
     return text

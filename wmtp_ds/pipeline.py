@@ -44,6 +44,17 @@ class Step:
         same_server = self.resolved.config.mlflow.tracking_uri == other.resolved.config.mlflow.tracking_uri
         return critic if same_server else str(self.folder / BEST)
 
+    def at_hand(self, critic: str, say: Callable[[str], None]) -> str:
+        """``critic``, or its folder here where MLflow, which may have failed meanwhile, cannot give it."""
+        folder = str(self.folder / BEST)
+        if critic == folder:
+            return critic
+        why = _why_not_in_mlflow(critic, self.resolved.config.mlflow.tracking_uri)
+        if not why:
+            return critic
+        say(f"warning: {critic} cannot be had ({why}); the critic is handed over as {folder}")
+        return folder
+
 
 def plan_pipeline(requests: Sequence[Request]) -> list[Step]:
     """Check every config before the first stage starts.
@@ -125,13 +136,16 @@ def run_pipeline(
     complete: list[Path] = []
     for step in steps:
         request = step.request
-        if step.resolved.config.training.needs_critic and maker is not None:
+        hands_over = step.resolved.config.training.needs_critic and maker is not None
+        if hands_over and maker is not None:
             request = replace(request, critic_checkpoint=maker.critic_for(step))
         fingerprint = json.dumps({"config": step.resolved.hash(), "critic": request.critic_checkpoint})
         done = read_summary(step.folder)
         if reuse and done.get("completed") and done.get("pipeline") == fingerprint:
             say(f"{request.stage}: {step.folder} is complete and its config has not changed; not trained again")
         else:
+            if hands_over and maker is not None and request.critic_checkpoint:
+                request = replace(request, critic_checkpoint=maker.at_hand(request.critic_checkpoint, say))
             parent = parent or _start_parent(step.resolved, name, say)
             overrides = (
                 [*request.override, f"mlflow.parent_run_id={json.dumps(parent)}"] if parent else request.override
@@ -158,6 +172,20 @@ def critic_of(folder: Path) -> str:
         raise RunError(f"{folder} has no {BEST}: train the critic with checkpoint.save_best = true.")
     run_id = read_summary(folder).get("mlflow_run_id")
     return f"runs:/{run_id}/checkpoints/{BEST}" if run_id else str(exported)
+
+
+def _why_not_in_mlflow(critic: str, tracking_uri: str) -> str:
+    """Why a value head cannot be had as an artifact of a run; "" if it can."""
+    from wmtp_ds import mlflow_client
+    from wmtp_ds.handoff import VALUE_HEAD_FILE, parse_critic_uri
+
+    uri = parse_critic_uri(critic)
+    try:
+        client = mlflow_client.connect(mlflow_client.clean_tracking_uri(tracking_uri))
+        found = [file.path for file in client.list_artifacts(uri.run_id, uri.path)]
+    except Exception as error:  # tracking never stops training
+        return mlflow_client.explain(error)
+    return "" if f"{uri.path}/{VALUE_HEAD_FILE}" in found else "MLflow does not have it yet"
 
 
 def _start_parent(resolved: Resolved, name: str, say: Callable[[str], None]) -> str | None:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,6 +27,8 @@ from wmtp_ds.launch import (
 )
 from wmtp_ds.signals import Interruption, die_with_parent
 
+# How long a rank that has done its work is held up by an upload that the tracker no longer waits for.
+_TIDY_SECONDS = 5.0
 # How long the other ranks of a node wait for local rank 0 to say what is wrong, before the launcher ends all.
 _LAST_WORD_SECONDS = 20
 
@@ -105,6 +108,7 @@ def run_rank(work: Callable[[], int]) -> int:
         UserError: for what is wrong before a process group forms.
     """
     from wmtp_ds import distributed
+    from wmtp_ds.tracking import SENDING
 
     try:
         code = work()
@@ -118,7 +122,17 @@ def run_rank(work: Callable[[], int]) -> int:
         # Other ranks may wait in a collective that this one will never join; a tidy end would wait for them, too.
         os._exit(code)
     distributed.close()
+    if any(thread.name == SENDING for thread in threading.enumerate()):
+        threading.Thread(target=_end_untidily, args=(code,), daemon=True).start()
     return code
+
+
+def _end_untidily(code: int) -> None:
+    """End a process that is ending, but waits for the threads of an upload: S3 that does not answer takes minutes."""
+    time.sleep(_TIDY_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(error: Exception) -> int:

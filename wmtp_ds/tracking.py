@@ -41,6 +41,8 @@ logger = logging.getLogger("wmtp_ds.tracking")
 FLUSH_INTERVAL = 5.0
 LONGEST_INTERVAL = 60.0
 LARGEST_SHARE = 0.02
+# The thread's name; it outlives the tracker if it is stuck in a request.
+SENDING = "wmtp-tracking"
 # Failures in a row that end the last attempt.
 LAST_ATTEMPTS = 3
 
@@ -87,6 +89,19 @@ class Tracker:
         if not self._finished:
             self._journal.append(step, values)
 
+    def go_back(self, step: int) -> None:
+        """The run goes on after ``step``: resumed from a checkpoint, or rolled back to one. Read ``metrics.jsonl``.
+
+        What is logged from now on counts, and later steps that the run has logged before do not: their lines stay,
+        those that follow have a higher ``attempt``. MLflow gets a step again where its values differ, with a later
+        time; the tag ``attempts`` says that it happened.
+        """
+        if self._finished:
+            return
+        attempt = self._journal.go_back(step)
+        if attempt > 1:
+            self.set_tags({"attempts": attempt})
+
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
         """Send a file, or a folder under its own name, into the folder ``artifact_path`` of the run.
 
@@ -114,8 +129,9 @@ class Tracker:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; True if MLflow has everything.
 
         Waits for the thread while it makes progress: until ``timeout`` seconds pass without any (a large
-        file may take longer), and never longer than ten times that; for ``KILLED``, ``timeout`` seconds in
-        all. What is unsent then stays in the run directory, and the command that sends it is logged.
+        file may take longer), and never longer than ten times that. After ``FAILED`` and ``KILLED`` the process
+        has little time: ``timeout`` seconds in all. What is unsent then stays in the run directory, and the
+        command that sends it is logged.
         """
         if self._finished:
             return self._complete
@@ -124,7 +140,7 @@ class Tracker:
             self._state.status = status
             self._state.end_time = time.time_ns() // 1_000_000
             self._state.save(self.run_dir)
-        self._complete = self._drain(timeout, hurried=status == "KILLED")
+        self._complete = self._drain(timeout, hurried=status != "FINISHED")
         # A thread that is stuck in a request must not write there once the lock is given back.
         self._state.freeze()
         self._journal.close()
@@ -149,7 +165,7 @@ class MlflowTracker(Tracker):
         self._attempted = threading.Event()
         self._trouble = ""
         self._sender = Sender(run_dir, state, tracking_uri, stopped=self._stop.is_set)
-        self._thread = threading.Thread(target=self._keep_sending, name="wmtp-tracking", daemon=True)
+        self._thread = threading.Thread(target=self._keep_sending, name=SENDING, daemon=True)
         self._thread.start()
 
     def wait_for_run_id(self, timeout: float = 10.0) -> str | None:
@@ -252,7 +268,7 @@ def start_tracking(
         otherwise used instead of making a run (together with its ``MLFLOW_TRACKING_URI``).
     resume:
         Whether this continues what is in ``run_dir``; default: whether ``resume_run_id`` is given. True
-        without an id continues a run that no server has made yet.
+        without an id continues a run that no server has made yet. :meth:`Tracker.go_back` says from which step.
 
     Raises
     ------
@@ -330,7 +346,7 @@ def _tracking_uri(config: MlflowConfig, state: TrackingState) -> str:
     if uri and inherited and state.run_id is None:
         state.run_id, state.inherited, state.creating = inherited, True, False
     if uri and inherited and state.run_id == inherited:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        uri = mlflow_client.inherited_tracking_uri(uri)
     return mlflow_client.clean_tracking_uri(uri) if uri else ""
 
 

@@ -148,6 +148,7 @@ class Sender:
             run = self._get_run(client, state.run_id)
             self._update(experiment_id=run.info.experiment_id)
         self._drop_known_params(run)
+        self._mask_known_tags(client, run)
         if state.inherited:  # `mlflow run` gave it a random name
             client.update_run(run.info.run_id, name=state.run_name)
             self._update(inherited=False)
@@ -205,6 +206,12 @@ class Sender:
         try:
             run = client.get_run(run_id)
         except Exception as error:
+            if mlflow_client.is_forbidden(error):
+                raise TrackingBlockedError(
+                    f"{where} has no run {run_id}, or does not show it to this user.\n  Mend: check "
+                    f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; if the run is gone, `wmtp-ds track sync "
+                    f"--new-run {self.run_dir}` sends all of it as a new run."
+                ) from None
             if mlflow_client.error_code(error) != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise TrackingBlockedError(f"{where} has no run {run_id}.{mend}") from None
@@ -230,6 +237,12 @@ class Sender:
                 "MLflow keeps the first values of parameters; changed in this resume, and logged as tags resumed.*: %s",
                 ", ".join(sorted(changed)),
             )
+
+    def _mask_known_tags(self, client: MlflowClient, run: Run) -> None:
+        """`mlflow run` tags its run with the git remote, which may hold a token."""
+        for key, value in run.data.tags.items():
+            if (masked := mlflow_client.mask_secrets(value)) != value:
+                client.set_tag(run.info.run_id, key, masked)
 
     # What the run gets
 

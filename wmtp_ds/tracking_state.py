@@ -33,20 +33,28 @@ logger = logging.getLogger("wmtp_ds.tracking")
 
 
 class MetricLine(NamedTuple):
-    """One line of ``metrics.jsonl``."""
+    """One line of ``metrics.jsonl``.
+
+    A run that goes back, to a checkpoint before steps that it has taken, begins another ``attempt``: with a line
+    that has the checkpoint's step and no metrics. ``replayed`` names the metrics whose value an earlier attempt
+    has written for this step already.
+    """
 
     step: int
     time_ms: int
     metrics: dict[str, float]
     replayed: frozenset[str] = frozenset()
+    attempt: int = 1
 
 
-def encode_line(step: int, time_ms: int, metrics: Mapping[str, float], replayed: frozenset[str] = frozenset()) -> bytes:
+def encode_line(line: MetricLine) -> bytes:
     """One line of strict JSON, with its newline; NaN and infinities become strings that ``float`` reads."""
-    values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    record: dict[str, Any] = {"step": step, "time": time_ms, "metrics": values}
-    if replayed:
-        record["replayed"] = sorted(replayed)
+    values = {name: value if math.isfinite(value) else str(value) for name, value in line.metrics.items()}
+    record: dict[str, Any] = {"step": line.step, "time": line.time_ms, "metrics": values}
+    if line.attempt > 1:
+        record["attempt"] = line.attempt
+    if line.replayed:
+        record["replayed"] = sorted(line.replayed)
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
@@ -56,23 +64,34 @@ def decode_line(line: bytes) -> MetricLine | None:
         record = json.loads(line)
         metrics = {str(name): float(value) for name, value in record["metrics"].items()}
         replayed = frozenset(map(str, record.get("replayed", ())))
-        return MetricLine(int(record["step"]), int(record["time"]), metrics, replayed)
+        return MetricLine(int(record["step"]), int(record["time"]), metrics, replayed, int(record.get("attempt", 1)))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Read ``metrics.jsonl`` into {step: {name: value}}, in order of step.
+    """Read ``metrics.jsonl`` into {step: {name: value}}, in order of step: the steps that made the run what it is.
 
-    After a resume a step may be there twice: the later value wins. Damaged lines are left out.
+    Where the run went back, what it had logged after that step is left out, and what it logged then counts. Of
+    several values for a step the last one counts. Damaged lines are left out.
     """
     steps: dict[int, dict[str, float]] = {}
+    attempt = 1
+    for line in _read_lines(path):
+        if line.attempt > attempt:
+            attempt = line.attempt
+            steps = {step: metrics for step, metrics in steps.items() if step <= line.step}
+        if line.metrics:
+            steps.setdefault(line.step, {}).update(line.metrics)
+    return dict(sorted(steps.items()))
+
+
+def _read_lines(path: Path) -> Iterator[MetricLine]:
     with path.open("rb") as file:
         for raw in file:
             line = decode_line(raw)
             if line is not None:
-                steps.setdefault(line.step, {}).update(line.metrics)
-    return dict(sorted(steps.items()))
+                yield line
 
 
 class Journal:
@@ -86,17 +105,48 @@ class Journal:
         self._path = path
         self._waiting: deque[bytes] = deque(maxlen=100_000)
         self._warned = False
-        self._earlier: dict[int, dict[str, float]] | None = None
+        self._attempt = 1
+        self._earliest = 0  # in milliseconds: no line may seem older than those of an earlier attempt
+        self._earlier: dict[int, dict[str, float]] = {}
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._descriptor).st_size
-        self._resumed = size > 0
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             self._waiting.append(b"\n")  # a kill cut the last line short: end it
 
+    def go_back(self, step: int) -> int:
+        """The run goes on after ``step``; what the file has of later steps is from now on an earlier attempt's.
+
+        Returns the number of the attempt that begins now: 1 more than before if the file has later steps.
+        """
+        lines = self._written()
+        last = step  # the last step of the attempt that has ended
+        for line in lines:
+            if line.attempt > self._attempt:
+                self._attempt, last = line.attempt, step
+            last = max(last, line.step)
+        # The last value of each, whatever the attempt: that is the one that MLflow gets last.
+        self._earlier = {}
+        for line in lines:
+            if line.step >= step:
+                self._earlier.setdefault(line.step, {}).update(line.metrics)
+        self._earliest = max((line.time_ms + 1 for line in lines), default=0)
+        if last > step:
+            self._attempt += 1
+            self.append(step, {})
+        return self._attempt
+
+    def _written(self) -> list[MetricLine]:
+        try:
+            lines = list(_read_lines(self._path))
+        except OSError:
+            lines = []
+        return lines + [line for line in map(decode_line, self._waiting) if line is not None]
+
     def append(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
         """Write one line, now. Never raises for a full or broken disk: warns once."""
-        time_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-        self._waiting.append(encode_line(step, time_ms, metrics, self._replayed(step, metrics)))
+        time_ms = max(time.time_ns() // 1_000_000, self._earliest) if time_ms is None else time_ms
+        replayed = self._replayed(step, metrics)
+        self._waiting.append(encode_line(MetricLine(step, time_ms, dict(metrics), replayed, self._attempt)))
         try:
             while self._waiting:
                 self._write(self._waiting[0])
@@ -113,23 +163,17 @@ class Journal:
             raise OSError(errno.ENOSPC, "no space left for a whole line")
 
     def _replayed(self, step: int, metrics: Mapping[str, float]) -> frozenset[str]:
-        """Metrics of this step that an earlier process has written already, with the same value.
+        """Metrics of this step that an earlier attempt has written already, with the same value.
 
         A run that was killed at step 14 and resumes from a checkpoint of step 10 computes 11 to 14 again.
         Their points are in the file, so they need not be sent a second time.
         """
-        if self._earlier is None:
-            self._earlier = self._lines_from(step) if self._resumed else {}
         earlier = self._earlier.get(step)
         if not earlier:
             return frozenset()
-        return frozenset(name for name, value in metrics.items() if _same(earlier.get(name), value))
-
-    def _lines_from(self, step: int) -> dict[int, dict[str, float]]:
-        try:
-            return {s: metrics for s, metrics in read_metrics(self._path).items() if s >= step}
-        except OSError:
-            return {}
+        same = frozenset(name for name, value in metrics.items() if _same(earlier.get(name), value))
+        earlier.update(metrics)
+        return same
 
     def close(self) -> None:
         """Close the file; later appends are an error."""

@@ -367,6 +367,8 @@ class Training:
         best = self.progress.best
         self._restore(source)
         self.progress.best = min(best, self.progress.best)  # its export is there already
+        if self.tracker is not None:
+            self.tracker.go_back(self.progress.step)
 
     # --- beginning and end ---
 
@@ -398,6 +400,8 @@ class Training:
             resume_run_id=run_id,
             resume=source is not None,
         )
+        if source is not None:
+            self.tracker.go_back(self.progress.step)
         self.tracker.log_artifact(self.folder.root / "config.toml")
         for warning in (*(str(w) for w in self.resolved.warnings), *self.data.plan.warnings):
             self.display.say(f"warning: {warning}")

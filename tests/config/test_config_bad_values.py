@@ -279,6 +279,9 @@ CASES = {
     "bucket without s3": Case(
         "mlflow.s3_artifacts", "s3://bucket/prefix", append='s3_artifacts = "bucket/x"\n', at="s3_artifacts"
     ),
+    "credentials in a bucket's address": Case(
+        "mlflow.s3_artifacts", "s3://***@bucket", append='s3_artifacts = "s3://KEY:pw@bucket/x"\n', at="s3_artifacts"
+    ),
     # Between values.
     "batch above samples": Case(
         "training.batch_size",

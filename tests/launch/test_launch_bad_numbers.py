@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from wmtp_ds.config import load_config
 from wmtp_ds.run_data import open_data
+from wmtp_ds.tracking_state import read_metrics
 
 pytestmark = pytest.mark.launch
 
@@ -100,7 +101,8 @@ def jobs() -> dict[str, dict]:
         found[name] = {"stage": stage, "config": config, "override": override, **keywords}
 
     for stage in STAGES:
-        add(f"{stage}-faulty", stage, *ROLLBACK, "checkpoint.save_final=true", faults=FAULTS)
+        tracked = TRACKED[:1] if stage == "rho1" else []
+        add(f"{stage}-faulty", stage, *ROLLBACK, *tracked, "checkpoint.save_final=true", faults=FAULTS)
         add(f"{stage}-gone", stage, "checkpoint.save_final=true", faults=GONE)
     # Steps 1 to 5, back to 3, and 4, in which the signal comes.
     halted = {"folder": "halted", "faults": FAULTS}
@@ -198,6 +200,26 @@ def test_what_is_tracked_and_counted(runs: Path, stage: str) -> None:
     found = summary(runs, f"{stage}-faulty")
     assert (found["steps"], found["skipped_steps"], found["passed_over_steps"]) == (STEPS, 1, [SPIKED])
     assert found["first_loss"] == steps[0][1]["train/loss"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_log_tells_a_rollback_apart(runs: Path, stage: str) -> None:
+    lines = map(json.loads, (runs / f"{stage}-faulty/metrics.jsonl").read_text().splitlines())
+    attempts = [(line["step"], line.get("attempt", 1)) for line in lines]
+    assert attempts[:8] == [(1, 1), (2, 1), (3, 1), (4, 1), (SPIKED, 1), (SAVED, 2), (4, 2), (6, 2)]
+    read = read_metrics(runs / f"{stage}-faulty/metrics.jsonl")
+    assert list(read) == [1, 2, 3, 4, 6]
+    taken = [(m["train/loss"], m["optim/grad_norm"]) for step, m in read.items() if step != SKIPPED]
+    assert taken == course(runs, f"{stage}-gone")
+
+
+def test_mlflow_has_a_replayed_step_once(runs: Path) -> None:
+    """Step 4 was taken twice, to the same end; step 5 has happened, and was undone."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs.parent / 'stopped.db'}")
+    tracked = client.get_run(summary(runs, "rho1-faulty")["mlflow_run_id"])
+    history = client.get_metric_history(tracked.info.run_id, "train/loss")
+    assert sorted(point.step for point in history) == [1, 2, 3, 4, SPIKED, 6]
+    assert tracked.data.tags["attempts"] == "2"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -302,8 +324,7 @@ def test_an_early_stop_writes_all_that_an_end_writes(ran, stage: str) -> None:
 def test_reason_and_figures_of_an_early_stop_are_tracked(runs: Path, stage: str) -> None:
     _, step, reason = STOPPED[stage]
     client = MlflowClient(tracking_uri=f"sqlite:///{runs.parent / 'stopped.db'}")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    (found,) = client.search_runs(experiments, f"tags.stage = '{stage}'")
+    found = client.get_run(summary(runs, f"{stage}-stopped")["mlflow_run_id"])
     assert found.info.status == "FINISHED"
     assert found.data.tags["early_stopping/reason"].startswith(reason)
     monitor = {"verifiable": "value_loss", "critic": "value_loss"}.get(stage, "loss")

@@ -3,12 +3,14 @@
 import os
 import string
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp_ds import mlflow_client
+from wmtp_ds.errors import UserError
 from wmtp_ds.mlflow_client import clean_tracking_uri, explain, is_secret_key, mask_secrets
 
 
@@ -96,6 +98,47 @@ def test_what_the_user_has_set_is_left_alone(monkeypatch):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
 
+def test_boto3_does_not_ask_five_times(monkeypatch):
+    mlflow_client.prepare(10, 0)
+    assert os.environ["AWS_MAX_ATTEMPTS"] == "2"
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
+    mlflow_client.prepare(10, 0)
+    assert os.environ["AWS_MAX_ATTEMPTS"] == "7"
+
+
+def test_mlflow_run_says_where(monkeypatch):
+    configured, theirs = "sqlite:///mlflow.db", "http://theirs:5000"
+    assert mlflow_client.inherited_tracking_uri(configured) == configured
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)  # by itself it is for other programs
+    assert mlflow_client.inherited_tracking_uri(configured) == configured
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123abcd")
+    assert mlflow_client.inherited_tracking_uri(configured) == theirs
+    assert mlflow_client.inherited_tracking_uri("") == ""
+
+
+def test_under_mlflow_run_a_critic_comes_from_its_server(monkeypatch):
+    from wmtp_ds import assembly
+
+    asked = {}
+
+    def locate(uri, **where):
+        asked.update(where, uri=uri)
+        raise UserError("enough")
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123abcd")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://theirs:5000")
+    monkeypatch.setattr(assembly, "locate_critic", locate)
+    config = SimpleNamespace(
+        training=SimpleNamespace(needs_critic=True),
+        experiment=SimpleNamespace(critic_checkpoint="runs:/0123abcd/checkpoints"),
+        mlflow=SimpleNamespace(tracking_uri="sqlite:///mlflow.db"),
+        checkpoint=SimpleNamespace(save_dir="checkpoints/x"),
+    )
+    with pytest.raises(UserError, match="enough"):
+        assembly.fetch_critic(SimpleNamespace(config=config))
+    assert asked["tracking_uri"] == "http://theirs:5000"
+
+
 def test_each_caller_gets_the_timeout_that_it_wants():
     """A handoff, which waits longer, does not make the tracker of the same process wait as long."""
     mlflow_client.prepare(timeout=30, retries=2)
@@ -111,6 +154,11 @@ def test_explanations_are_one_short_line():
     assert explain(ValueError()) == "ValueError"
     assert explain(ValueError("a\n  b")) == "a b"
     assert len(explain(ValueError("x" * 5000))) == 300
+    assert explain(RuntimeError("upload " + "/path" * 100 + ": AccessDenied")).startswith("upload /path")
+    assert ": AccessDenied (check the bucket, AWS_" in explain(
+        RuntimeError("upload " + "/path" * 100 + ": AccessDenied")
+    )
+    assert explain(ValueError("run 3f40122 is odd")) == "run 3f40122 is odd"  # no 401
     assert "pip install boto3" in explain(ModuleNotFoundError("No module named 'boto3'"))
     assert "MLFLOW_TRACKING_PASSWORD" in explain(RuntimeError("failed with error code 401 != 200"))
     assert "pw" not in explain(RuntimeError("API request to http://me:pw@host failed"))

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from wmtp_ds import tracking_state
 from wmtp_ds.cli.track import track
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.plots import read_series
 from wmtp_ds.tracking import NullTracker, git_state, start_tracking
 from wmtp_ds.tracking_sender import metric_key
 from wmtp_ds.tracking_state import (
@@ -263,17 +264,123 @@ def test_a_step_that_is_computed_again_is_not_sent_twice(config, client, tmp_pat
     first.log(8, {"perf/step_time": 1.0})
     first.finish("KILLED")
     second = start(config, tmp_path / "run", resume_run_id=first.run_id)
+    second.go_back(5)
     logged(second, range(6, 12))
     second.log(8, {"perf/step_time": 2.0, "val/loss": math.nan})
     second.finish("KILLED")
     third = start(config, tmp_path / "run", resume_run_id=first.run_id)
+    third.go_back(7)
     logged(third, range(8, 13))
     third.log(8, {"val/loss": math.nan})
     assert third.finish()
     assert points(client, first.run_id, "train/loss") == losses(range(13))
     assert points(client, first.run_id, "perf/step_time") == [(8, 1.0), (8, 2.0)]
     assert len(points(client, first.run_id, "val/loss")) == 1
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[8]["perf/step_time"] == 2.0
+    assert "perf/step_time" not in read_metrics(tmp_path / "run" / "metrics.jsonl")[8]
+    assert client.get_run(first.run_id).data.tags["attempts"] == "3"
+
+
+def test_a_rollback_is_told_apart_and_the_last_value_counts(config, client, tmp_path, points):
+    """Steps 1 to 6; a spike; back to 3, whereupon step 5 is passed over; then back to 4, by a kill."""
+    run_dir, file = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    tracker = start(config, run_dir, params={"a": 1})
+    logged(tracker, range(1, 7))
+    tracker.log(6, {"val/loss": 9.0})
+    tracker.go_back(3)
+    assert sorted(read_metrics(file)) == [1, 2, 3]
+    logged(tracker, [4])
+    tracker.log(6, {"train/loss": 0.1})
+    tracker.log(7, {"train/loss": 0.2})
+    assert tracker.finish("KILLED")
+    tracker = start(config, run_dir, resume_run_id=tracker.run_id)
+    tracker.go_back(4)
+    tracker.log(6, {"train/loss": 0.1})
+    tracker.log(7, {"train/loss": 0.3})
+    assert tracker.finish()
+
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    told = [(line["step"], line.get("attempt", 1), bool(line["metrics"]), "replayed" in line) for line in lines]
+    assert told == [
+        *((step, 1, True, False) for step in (1, 2, 3, 4, 5, 6, 6)),
+        *((3, 2, False, False), (4, 2, True, True), (6, 2, True, False), (7, 2, True, False)),
+        *((4, 3, False, False), (6, 3, True, True), (7, 3, True, False)),
+    ]
+    course = dict(losses(range(1, 5))) | {6: 0.1, 7: 0.3}
+    assert read_metrics(file) == {step: {"train/loss": loss} for step, loss in course.items()}
+    assert read_series(file, "train/loss") == (list(course), list(course.values()))
+    assert read_series(file, "val/loss") == ([], [])
+
+    def last_values():
+        history = sorted(client.get_metric_history(tracker.run_id, "train/loss"), key=lambda point: point.timestamp)
+        return {point.step: point.value for point in history}
+
+    sent = points(client, tracker.run_id, "train/loss")
+    assert sent == sorted([*losses(range(1, 7)), (6, 0.1), (7, 0.2), (7, 0.3)]), "each value once"
+    # Nothing can be taken back in MLflow: what was passed over stays.
+    assert last_values() == course | {5: 1 / 6}
+    run = client.get_run(tracker.run_id)
+    assert run.data.metrics["train/loss"] == 0.3
+    assert run.data.tags["attempts"] == "3"
+    # Sync adds nothing, not even from the beginning; and as a new run it makes the same again.
+    assert sync_run(run_dir).metric_points == 0
+    state = TrackingState.load(run_dir)
+    state.sent_bytes = state.sent_lines = 0
+    state.save(run_dir)
+    sync_run(run_dir)
+    assert points(client, tracker.run_id, "train/loss") == sent
+    assert points(client, sync_run(run_dir, new_run=True).run_id, "train/loss") == sent
+
+
+def test_a_resume_where_the_run_stopped_is_no_new_attempt(config, client, tmp_path):
+    first = start(config, tmp_path / "run")
+    logged(first, range(1, 4))
+    first.finish("KILLED")
+    second = start(config, tmp_path / "run", resume_run_id=first.run_id)
+    second.go_back(3)
+    logged(second, range(4, 6))
+    assert second.finish()
+    assert "attempt" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "attempts" not in client.get_run(first.run_id).data.tags
+
+
+def test_a_value_that_comes_back_is_sent_again(config, client, tmp_path):
+    """MLflow has 1.0 and then 2.0: the 1.0 of a third attempt is not the one that it had first."""
+    tracker = start(config, tmp_path / "run")
+    for value in (1.0, 2.0, 1.0):
+        tracker.go_back(3)
+        tracker.log(4, {"a": value})
+        time.sleep(0.002)
+    for value in (1.0, 3.0, 1.0):  # within one attempt, too
+        tracker.log(4, {"a": value})
+        time.sleep(0.002)
+    assert tracker.finish()
+    history = sorted(client.get_metric_history(tracker.run_id, "a"), key=lambda point: point.timestamp)
+    assert [point.value for point in history] == [1.0, 2.0, 1.0, 3.0, 1.0]
+
+
+def test_a_clock_that_goes_back_does_not_bring_old_values_back(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    late = time.time_ns() // 1_000_000 + 10**9
+    journal.append(4, {"a": 1.0}, time_ms=late)
+    assert journal.go_back(3) == 2
+    journal.append(4, {"a": 2.0})
+    _, _, line = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    assert decode_line(line).time_ms > late
+
+
+def test_going_back_while_the_disk_is_full(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append(1, {"a": 1.0})
+
+    def no_room(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(tracking_state.os, "write", no_room)
+        journal.append(2, {"a": 2.0})
+        assert journal.go_back(1) == 2
+    journal.append(2, {"a": 3.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == {1: {"a": 1.0}, 2: {"a": 3.0}}
 
 
 def test_a_resume_elsewhere_continues_the_run_too(config, client, tmp_path, points):
@@ -516,9 +623,9 @@ def test_files_below_follows_links_inside_only(tmp_path):
 
 def test_a_line_round_trips():
     metrics = {"a": 0.1, "b": math.inf, "c": -1e-300}
-    line = encode_line(7, 123, metrics, frozenset({"a"}))
-    assert decode_line(line) == MetricLine(7, 123, metrics, frozenset({"a"}))
-    assert math.isnan(decode_line(encode_line(1, 1, {"n": math.nan})).metrics["n"])
+    for line in (MetricLine(7, 123, metrics), MetricLine(7, 123, metrics, frozenset({"a"}), 2)):
+        assert decode_line(encode_line(line)) == line
+    assert math.isnan(decode_line(encode_line(MetricLine(1, 1, {"n": math.nan}))).metrics["n"])
 
 
 @pytest.mark.parametrize(
@@ -558,7 +665,7 @@ def test_a_line_that_was_cut_short_costs_itself_alone(config, client, tmp_path, 
 def test_read_chunk_takes_whole_lines_and_restarts_on_a_replaced_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_chunk(path, 0, 10).n_lines == 0
-    whole = encode_line(1, 1, {"a": 1.0, "b": 2.0}) + encode_line(2, 1, {"a": 1.0})
+    whole = encode_line(MetricLine(1, 1, {"a": 1.0, "b": 2.0})) + encode_line(MetricLine(2, 1, {"a": 1.0}))
     path.write_bytes(whole + b'{"step": 3')
     assert [line.step for line in read_chunk(path, 0, 100).lines] == [1, 2]
     assert read_chunk(path, 0, 100).end == len(whole)
