@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wmtp_ds import distributed
 from wmtp_ds.errors import RunError
+from wmtp_ds.shards import check_shards, plain_data_only
 
 # A rank that waits longer than this for another gives up: a hung peer must not hold GPUs for days.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -33,6 +34,15 @@ def _import_deepspeed() -> Any:
     for handler in deepspeed.utils.logger.handlers:
         handler.setLevel(logging.WARNING)
     return deepspeed
+
+
+def saved_classes() -> list[type]:
+    """The classes that DeepSpeed pickles into its shards, besides tensors and plain types."""
+    _import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler]
 
 
 def start(device: str) -> torch.device:
@@ -235,10 +245,13 @@ class Engine:
 
         Raises:
             RunError: if the weights do not fit, or DeepSpeed loads nothing, which it does without raising.
+            UserError: if a shard asks for code to be run.
         """
+        distributed.on_main(lambda: check_shards(folder / tag, saved_classes()))
         settings = self._settings()
         try:
-            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+            with plain_data_only(saved_classes()):
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
         except RuntimeError as error:
             raise RunError(
                 f"checkpoint {folder / tag} does not fit this run's model: {' '.join(str(error).split())[:400]}. "

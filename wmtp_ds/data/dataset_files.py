@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from wmtp_ds.files import open_file, read_json
+
 MANIFEST = "manifest.json"
 # The modules, by the beginning of their names, on which it depends what rows say.
 _DECIDING = (
@@ -49,7 +51,7 @@ def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | 
         made_from: all that decides what is in it, as the manifest has it.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(directory / MANIFEST)
         if manifest["made_from"] != dict(made_from):
             return None
         for name, expected in manifest["files"].items():
@@ -67,5 +69,8 @@ def fingerprint_of(told: Any) -> str:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ class Journal:
     Args:
         output: the file that is to be.
         made_from: all that decides what comes of a row; what is there from something else is thrown away.
+        is_entry: whether an object is an entry; from the first line that is none, all is thrown away.
 
     Attributes:
         entries: how many rows are in it.
@@ -27,7 +28,13 @@ class Journal:
         RunError: writing failed.
     """
 
-    def __init__(self, output: Path, made_from: Mapping[str, Any]):
+    def __init__(
+        self,
+        output: Path,
+        made_from: Mapping[str, Any],
+        is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True,
+    ):
+        self._is_entry = is_entry
         self.path = output.with_name(f".partial-{output.name}.journal")
         self.entries = 0
         self._output = output
@@ -68,7 +75,7 @@ class Journal:
         if self._file.readline() == self._first:
             good = len(self._first)
             for line in self._file:
-                if not _is_entry(line):
+                if not self._is_whole(line):
                     break
                 good += len(line)
                 self.entries += 1
@@ -76,6 +83,13 @@ class Journal:
         if not good:
             self._file.write(self._first)
             self._file.flush()
+
+    def _is_whole(self, line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return line.endswith(b"\n") and isinstance(entry, dict) and self._is_entry(entry)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Enter what came of the next row."""
@@ -92,13 +106,6 @@ class Journal:
     def remove(self) -> None:
         """The work is done."""
         self.path.unlink(missing_ok=True)
-
-
-def _is_entry(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def replace_file(partial: Path, final: Path) -> None:
