@@ -46,7 +46,7 @@ def test_code_of_others_is_never_trusted() -> None:
     loads = 0
     for file in SOURCES:
         for line in file.read_text().splitlines():
-            if "trust_remote_code" in line:
+            if "trust_remote_code" in line.replace('"trust_remote_code" in str(error)', ""):
                 assert re.search(r"trust_remote_code=False\b", line), f"{file}: {line}"
         for name, call in calls(file):
             owner, _, method = name.rpartition(".")

@@ -132,6 +132,9 @@ def build_index(path: str | Path) -> DataIndex:
             started = time.monotonic()
             logger.info("indexing %s (%.1f MiB)", path, before.st_size / 2**20)
             loaded = _scan(handle, path)
+            after = os.fstat(handle.fileno())
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise UserError(f"{path}: the file is still being written: wait until that is done, then start again")
             logger.info("indexed %d rows in %.1f s", len(loaded["offset"]), time.monotonic() - started)
             _store_cache(path, before, loaded)
         return DataIndex(path=path, _size=before.st_size, _descriptor=os.dup(handle.fileno()), **loaded)

@@ -132,8 +132,11 @@ def read_lines(handle: BinaryIO, path: str | Path) -> Iterator[tuple[int, int, b
 
 
 def _version_of(handle: BinaryIO) -> tuple[int, int]:
-    """Size and time of change of an open file."""
-    status = os.fstat(handle.fileno())
+    """Size and time of change of an open file; of what is none, always the same."""
+    try:
+        status = os.fstat(handle.fileno())
+    except OSError:
+        return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
