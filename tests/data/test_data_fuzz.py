@@ -93,6 +93,37 @@ def test_problem_files_of_other_formats(tmp_path: Path, data: st.DataObject) -> 
     assert f"{file}:{place + 1}: " in done.err, done.err[:500]
 
 
+BAD_METADATA = {
+    "beyond all numbers": ('{"a": 1e999}', "beyond all numbers"),
+    "half a pair": ('{"a": "\\ud800"}', "half a surrogate pair"),
+    "a key twice, late": ("{" + ", ".join(f'"k{i % 50_000}": 1' for i in range(50_001)) + "}", "occurs twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_METADATA)
+def test_metadata_that_could_not_be_written_again(tmp_path: Path, name: str) -> None:
+    value, says = BAD_METADATA[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:-1] + f', "metadata": {value}}}\n')
+    done = command("data", "stats", file)
+    check_end(done, f"{file}:2: ", says)
+    assert done.code == 2
+
+
+@pytest.mark.parametrize("line", ['{"verdict": 5}', '{"other": 1}', "[1]", "[" * 100_000, "{", '{"untested": []}'])
+def test_a_journal_that_was_written_to(tmp_path: Path, line: str) -> None:
+    """What is no entry counts for nothing: the row is done again."""
+    from wmtp_ds.data.label_file import _is_entry
+    from wmtp_ds.data.label_file_journal import Journal
+
+    with Journal(tmp_path / "out.jsonl", {"a": 1}, _is_entry) as journal:
+        journal.append({"untested": "no tests"})
+    with journal.path.open("a") as stream:
+        stream.write(line + "\n")
+    with Journal(tmp_path / "out.jsonl", {"a": 1}, _is_entry) as journal:
+        assert journal.entries == 1
+
+
 # --- what is no file, in the place of one ---
 
 
