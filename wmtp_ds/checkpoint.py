@@ -136,6 +136,7 @@ class Checkpoints:
 
         Raises:
             RunError: if it does not load, or cannot be converted.
+            UserError: if it asks for code to be run.
         """
         manifest = read_manifest(folder)
         if manifest["world_size"] == distributed.world_size():

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.files import sha256_of, sync, write_atomically
+from wmtp_ds.files import read_json, read_text, sha256_of, sync, write_atomically
 
 STEP_PREFIX = "step_"
 MANIFEST = "manifest.json"
@@ -59,7 +59,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
 def read_latest(root: Path) -> str | None:
     """The name of the checkpoint that was saved last; None if it is not known."""
     try:
-        return (root / LATEST).read_text().strip()
+        return read_text(root / LATEST, most=4096).strip()
     except (OSError, ValueError):
         return None
 
@@ -111,9 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: if there is none, it is damaged, or it names files outside the folder.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if type(manifest["world_size"]) is not int:
-            raise ValueError("its world_size is no number")
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        for name in ("world_size", "global_batch", "step"):
+            value = manifest[name] if name == "world_size" else manifest.get(name)
+            if (value is not None or name == "world_size") and not _is_count(value, least=int(name != "step")):
+                raise ValueError(f"its {name} is no number of its kind")
         if not manifest["files"]:
             raise ValueError("it lists no file")
         for name, entry in manifest["files"].items():
@@ -123,11 +125,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name!r} lies outside the checkpoint")
         if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
             raise ValueError("it has changed: its checksum differs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read: {type(error).__name__}: {error}"
         ) from None
     return manifest
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
 
 
 def verify_manifest(folder: Path, *, contents: bool = True) -> str | None:

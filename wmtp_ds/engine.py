@@ -22,6 +22,7 @@ from wmtp_ds import distributed
 from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import RunError
 from wmtp_ds.peers import Peers, meet
+from wmtp_ds.shards import check_shards, plain_data_only
 
 # NCCL ends a process whose collective has timed out, and says so in its own words: not before ours are said.
 _NCCL_GRACE = timedelta(seconds=60)
@@ -51,6 +52,15 @@ def _as_if_missing(library: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[library]
+
+
+def saved_classes() -> list[type]:
+    """The classes that DeepSpeed pickles into its shards, besides tensors and plain types."""
+    _import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler]
 
 
 def start(device: str, peer_timeout: float = 1800.0) -> torch.device:
@@ -262,10 +272,13 @@ class Engine:
 
         Raises:
             RunError: if the weights do not fit, or DeepSpeed loads nothing, which it does without raising.
+            UserError: if a shard asks for code to be run.
         """
+        distributed.on_main(lambda: check_shards(folder / tag, saved_classes()))
         settings = self._settings()
         try:
-            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+            with plain_data_only(saved_classes()):
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
         except RuntimeError as error:
             raise RunError(
                 f"checkpoint {folder / tag} does not fit this run's model: {' '.join(str(error).split())[:400]}. "

@@ -1,5 +1,7 @@
 """Errors that a user can mend. The command line prints their message, without a traceback, and leaves."""
 
+from wmtp_ds.masking import printable
+
 
 class UserError(Exception):
     """Wrong usage or configuration: the message says what is wrong, where, and how to mend it.
@@ -10,6 +12,10 @@ class UserError(Exception):
     exit_code = 2
     # Whether every rank raises it alike, so that one of them may speak for all.
     everywhere = True
+
+    def __init__(self, message: str):
+        # Of a file's or a key's name anything may be part.
+        super().__init__(printable(message))
 
 
 class RunError(UserError):

@@ -1,8 +1,96 @@
-"""Files that are whole under their names, and on the disk when they are said to be. Imports no torch."""
+"""Files: those of others are read so that it comes to an end, ours are whole under their names. Imports nothing heavy.
 
+A pipe nobody writes to, a device, a file of gigabytes where kilobytes belong, JSON nested a hundred thousand deep: each
+is an error that says so, of the kinds that readers expect anyway (OSError and ValueError). What is written here is on
+the disk when it is said to be.
+"""
+
+import errno
 import hashlib
+import json
 import os
+import stat
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+# Of a file that is read into memory as a whole: the largest tokenizer.json has a tenth of it.
+MOST_BYTES = 256 * 2**20
+
+
+def open_file(path: str | Path) -> BufferedReader:
+    """Open a regular file to read bytes.
+
+    Raises:
+        OSError: there is none, or it is a folder, a pipe or a device, which might never end; ``strerror`` says so.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def version_of(path: str | Path) -> tuple[int, int, int]:
+    """What tells whether a file is the one that it was: inode, size, time of change.
+
+    Raises:
+        OSError: it is gone.
+    """
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """A whole regular file.
+
+    Raises:
+        OSError: as `open_file`; or the file has more than ``most`` bytes.
+    """
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is longer than {most / 2**20:g} MiB", str(path))
+    return content
+
+
+def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
+    """A whole regular file of UTF-8 text.
+
+    Raises:
+        OSError: as `read_bytes`.
+        ValueError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: as `read_bytes`.
+        ValueError: it is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path, most))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def twice(names: list[str]) -> str | None:
+    """The first name that occurs a second time, in time that grows with their number alone."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def sync(path: Path) -> None:
@@ -29,8 +117,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
+    """SHA-256 (hex) of a regular file's bytes.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from wmtp_ds.masking import MASK, mask_urls
+
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-MASK = "***"
-
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
-_QUERY_SECRET = re.compile(
-    r"([?&](?:[\w-]*(?:token|password|secret|signature|api[_-]?key)|sig)=)[^&\s#'\"]+", re.IGNORECASE
-)
 _SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY)(_|$)", re.IGNORECASE)
 _SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|access_key|credentials?)$", re.IGNORECASE)
 _REFUSED = re.compile(r"\b40[13]\b")
@@ -71,8 +67,7 @@ def mask_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
     )
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
-    text = _USERINFO.sub(f"{MASK}@", text)
-    return _QUERY_SECRET.sub(rf"\g<1>{MASK}", text)
+    return mask_urls(text)
 
 
 def inherited_tracking_uri(configured: str) -> str:

@@ -20,6 +20,7 @@ from wmtp_ds.checkpoint_files import (
 )
 from wmtp_ds.config import Resolved
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import read_text
 
 # With another value of these, steps would read other rows than they are counted for, or weights would not fit.
 _FIXED = (
@@ -209,8 +210,8 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / "config.toml"
     try:
-        return _flatten(tomllib.loads(file.read_text()))
-    except (OSError, ValueError) as error:
+        return _flatten(tomllib.loads(read_text(file, most=2**20)))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}. Resume from another checkpoint.") from None
 
 

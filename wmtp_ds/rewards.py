@@ -25,6 +25,7 @@ from wmtp_ds.config import Resolved
 from wmtp_ds.data.index import DataIndex
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, padded
 from wmtp_ds.run_data import RunData
@@ -146,8 +147,9 @@ class ScoreCache:
     def load(self) -> Scores:
         """What is known; all NaN if there is no file, or it is damaged."""
         try:
-            scores = np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            with open_file(self.path) as file:
+                scores = np.load(file, allow_pickle=False)
+        except Exception:  # a damaged header makes of numpy what it likes
             return np.full(self.rows, np.nan, np.float32)
         fits = isinstance(scores, np.ndarray) and scores.dtype == np.float32 and scores.shape == (self.rows,)
         return scores if fits else np.full(self.rows, np.nan, np.float32)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wmtp_ds.files import read_json
+
 SUMMARY = "run.json"
 # What tells a run's folder from any other one, besides its checkpoints: a folder without these is never moved aside.
 RUN_SIGNS = (".lock", "config.toml", "metrics.jsonl", SUMMARY, "latest")
@@ -32,7 +34,7 @@ def why_not_a_runs_folder(path: Path) -> str:
 def read_summary(root: Path) -> dict[str, Any]:
     """What ``run.json`` of a run's folder says; empty if there is none, or it is damaged."""
     try:
-        summary = json.loads((root / SUMMARY).read_text())
+        summary = read_json(root / SUMMARY)
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}

@@ -17,7 +17,7 @@ from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.rows import decode_object, read_lines
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import replace_file, sha256_of
+from wmtp_ds.files import open_file, replace_file, sha256_of
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, load_reward_model
 from wmtp_ds.rewards import SCORE_KEY, model_key, score_rows
@@ -75,7 +75,9 @@ def score_file(
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with Journal(output, made_from) as journal:
+        with Journal(output, made_from, _is_score) as journal:
+            if journal.entries > len(index):
+                raise UserError(f"{journal.path}: holds more than the {len(index)} rows of {source}: delete it")
             on_start(len(index))
             on_done(journal.entries)
             if journal.entries < len(index):
@@ -121,14 +123,23 @@ def _score(
 def _write(source: Path, output: Path, scores: np.ndarray, key: str) -> None:
     partial = output.with_name(f".partial-{output.name}")
     remaining = iter(scores.tolist())
-    with source.open("rb") as handle, partial.open("w", encoding="utf-8") as file:
+    changed = RunError(f"{source}: has changed while it was being scored: run the same command again")
+    with open_file(source) as handle, partial.open("w", encoding="utf-8") as file:
         for _, number, line in read_lines(handle, source):
             if not line.strip():
                 continue
             row = decode_object(line, f"{source}:{number}")
-            row["metadata"] = row.get("metadata", {}) | {SCORE_KEY: next(remaining), "reward_model": key}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if (score := next(remaining, None)) is None:
+                raise changed
+            row["metadata"] = (row.get("metadata") or {}) | {SCORE_KEY: score, "reward_model": key}
+            file.write(json.dumps(row) + "\n")  # ASCII: half a surrogate pair can be escaped, not encoded
+    if next(remaining, None) is not None:
+        raise changed
     replace_file(partial, output)
+
+
+def _is_score(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("score"), int | float)
 
 
 def _summary(scores: np.ndarray) -> dict[str, float] | None:

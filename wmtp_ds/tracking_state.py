@@ -21,15 +21,20 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter
 
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import open_file, read_json
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "tracking.json"
 LOCK_FILE = ".tracking.lock"
 
 logger = logging.getLogger("wmtp_ds.tracking")
+
+_Record = TypeVar("_Record")
 
 
 class MetricLine(NamedTuple):
@@ -87,7 +92,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 def _read_lines(path: Path) -> Iterator[MetricLine]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for raw in file:
             line = decode_line(raw)
             if line is not None:
@@ -202,7 +207,7 @@ def read_chunk(path: Path, start: int, max_points: int) -> Chunk:
     lines: list[MetricLine] = []
     points = damaged = count = 0
     try:
-        file = path.open("rb")
+        file = open_file(path)
     except FileNotFoundError:
         return Chunk([], start, 0, 0)
     with file:
@@ -337,18 +342,30 @@ class TrackingState:
     def load(cls, run_dir: Path) -> TrackingState:
         """Read ``tracking.json``. Raises FileNotFoundError, or UserError if it is damaged."""
         path = run_dir / STATE_FILE
-        text = path.read_text()
         try:
-            record = json.loads(text)
+            record = read_json(path)
             if record.pop("version") != 1:
                 raise ValueError("an unknown version")
-            record["artifacts"] = [TrackedArtifact(**artifact) for artifact in record["artifacts"]]
-            return cls(**record)
+            artifacts = [_checked(TrackedArtifact, artifact) for artifact in record.pop("artifacts")]
+            return dataclasses.replace(_checked(cls, record), artifacts=artifacts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} is damaged ({error}).\n  Mend: move it away and resume the run, which writes it "
+                f"{path} is damaged ({why}).\n  Mend: move it away and resume the run, which writes it "
                 f"anew; {run_dir / METRICS_FILE} holds every metric."
             ) from None
+
+
+def _checked(kind: type[_Record], record: dict[str, Any]) -> _Record:
+    """An instance of a dataclass, of values that are what it says they are.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are not, or some are missing or unknown.
+    """
+    hints = get_type_hints(kind)
+    return kind(
+        **{name: TypeAdapter(hints[name]).validate_python(value, strict=True) for name, value in record.items()}
+    )
 
 
 class RunLock:

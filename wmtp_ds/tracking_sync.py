@@ -55,6 +55,7 @@ def sync_run(run_dir: Path, *, tracking_uri: str | None = None, new_run: bool = 
         state = _load_state(run_dir)  # now that nobody else writes it
         if new_run:
             state.start_over()
+        _keep_inside(run_dir, state)
         state.tracking_uri = mlflow_client.mask_secrets(uri)
         if state.status == "RUNNING":  # the process died without saying so
             state.status = "KILLED"
@@ -87,8 +88,17 @@ def _load_state(run_dir: Path) -> TrackingState:
             f"{run_dir} is not the directory of a run: it holds no {STATE_FILE}.{hint}\n  Mend: give the "
             f"directory that training wrote {METRICS_FILE} into."
         ) from None
-    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {run_dir / STATE_FILE}: {error.strerror}.") from None
+
+
+def _keep_inside(run_dir: Path, state: TrackingState) -> None:
+    """Leave out artifacts that lie elsewhere: a folder from somebody else could ask for any file of this machine."""
+    root = os.path.realpath(run_dir)
+    for artifact in state.artifacts:
+        if not artifact.sent and not Path(os.path.realpath(run_dir / artifact.path)).is_relative_to(root):
+            artifact.sent = True
+            state.rejected.append(f"{artifact.path}: it lies outside {run_dir}")
 
 
 def _sync_uri(run_dir: Path, state: TrackingState, given: str | None) -> str:

@@ -29,6 +29,7 @@ _PROGRAM = "deepspeed.checkpoint.ds_to_universal"
 PLACE_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Each reads a whole rank's shard into memory.
 _WORKERS = 2
+_REFUSED = 3  # exit code: a shard asks for code to be run
 
 
 def convert(checkpoint: Path) -> Path:
@@ -39,6 +40,7 @@ def convert(checkpoint: Path) -> Path:
 
     Raises:
         RunError: if it cannot be made, with the command that was tried.
+        UserError: if a shard asks for code to be run.
     """
     manifest = read_manifest(checkpoint)
     source = sha256_of(checkpoint / MANIFEST)
@@ -65,6 +67,8 @@ def convert(checkpoint: Path) -> Path:
         if done.returncode:
             shutil.rmtree(partial, ignore_errors=True)
             said = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
+            if done.returncode == _REFUSED:
+                raise UserError(said[0])
             command = f"cd {checkpoint.parent} && {sys.executable} -m {_PROGRAM} {' '.join(options)}"
             raise RunError(
                 f"{checkpoint} could not be converted for another number of ranks: {said[0]} (exit code "
@@ -87,13 +91,26 @@ def _is_of(converted: Path, source: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in PLACE_VARIABLES}
+    dropped = (*PLACE_VARIABLES, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (package, kept.get("PYTHONPATH", "")) if part)
-    return kept | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+    # The program asks for whole pickles, of the checkpoint and of what it makes of it.
+    return kept | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
 
 if __name__ == "__main__":
     die_with_parent()
     os.chdir(sys.argv.pop(1))
+    import torch
+
+    from wmtp_ds.engine import saved_classes
+    from wmtp_ds.shards import check_shards
+
+    try:
+        check_shards(Path(sys.argv[1].partition("=")[2]), saved_classes())
+    except UserError as refusal:
+        sys.stdout.write(f"{refusal}\n")
+        sys.exit(_REFUSED)
+    torch.serialization.add_safe_globals([*saved_classes()])  # its workers are forked
     runpy.run_module(_PROGRAM, run_name="__main__", alter_sys=True)

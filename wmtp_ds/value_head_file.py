@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.files import replace_file
+from wmtp_ds.files import open_file, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def read_value_head_metadata(path: Path) -> dict[str, str]:
     Raises UserError for a file that is no safetensors file.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _LONGEST_HEADER:
                 raise ValueError("the length of its header makes no sense")

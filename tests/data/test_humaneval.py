@@ -216,7 +216,7 @@ def test_where_the_file_may_lie(tmp_path: Path) -> None:
         (task(1, entry_point="a b"), "\"entry_point\" must be the name of a function, not 'a b'"),
         (task(1, test="def check("), '"test" is not Python'),
         (task(0), "task_id HumanEval/0 is there twice"),
-        ([1], '"task_id" must be a text'),
+        ([1], "must be a JSON object {...}, not [1]"),
     ],
 )
 def test_a_bad_line_is_named(found: Any, message: str, tmp_path: Path) -> None:

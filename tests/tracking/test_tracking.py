@@ -184,7 +184,7 @@ def test_tracking_off_writes_the_file_alone_and_can_be_sent_later(config, client
     tracker = start(config, tmp_path / "run", params={"a": 1})
     assert isinstance(tracker, NullTracker)
     logged(tracker, range(5))
-    tracker.log_artifact(tmp_path / "nothing.txt")
+    tracker.log_artifact(tmp_path / "run" / "nothing.txt")
     assert tracker.run_id is None
     assert tracker.wait_for_run_id() is None
     assert tracker.finish()
@@ -194,7 +194,7 @@ def test_tracking_off_writes_the_file_alone_and_can_be_sent_later(config, client
     report = sync_run(tmp_path / "run", tracking_uri=store)
     assert points(client, report.run_id, "train/loss") == losses(range(5))
     assert client.get_run(report.run_id).data.params == {"a": "1"}
-    assert report.missing_artifacts == [str(tmp_path / "nothing.txt")]
+    assert report.missing_artifacts == [str(tmp_path / "run" / "nothing.txt")]
 
 
 def test_tracking_off_imports_no_mlflow(tmp_path):
@@ -499,7 +499,8 @@ def test_a_second_trainer_in_the_directory_is_warned_about(config, tmp_path, cap
 
 def test_sync_of_a_deleted_run_names_the_mend(config, client, tmp_path, points):
     tracker = start(config, tmp_path / "run", params={"a": 1}, tags={"t": "x"})
-    tracker.log_artifact(__file__)
+    (tmp_path / "run" / "note.txt").write_text("note")
+    tracker.log_artifact(tmp_path / "run" / "note.txt")
     logged(tracker, range(3))
     assert tracker.finish()
     client.delete_run(tracker.run_id)
@@ -514,7 +515,7 @@ def test_sync_of_a_deleted_run_names_the_mend(config, client, tmp_path, points):
     assert points(client, report.run_id, "train/loss") == losses(range(3))
     assert run.data.params == {"a": "1"}
     assert run.data.tags["t"] == "x"
-    assert [file.path for file in client.list_artifacts(report.run_id)] == ["test_tracking.py"]
+    assert [file.path for file in client.list_artifacts(report.run_id)] == ["note.txt"]
     assert run.info.status == "FINISHED"
 
 
@@ -577,8 +578,9 @@ def test_artifacts_that_change_vanish_or_climb_out(config, client, tmp_path, cap
 
 
 def test_an_artifact_that_cannot_be_sent_holds_up_no_other(config, client, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
     for name in ("bad.txt", "good.txt"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / "run" / name).write_text(name)
     real = type(client).log_artifact
 
     def refuse(self, run_id, local_path, artifact_path=None):
@@ -588,8 +590,8 @@ def test_an_artifact_that_cannot_be_sent_holds_up_no_other(config, client, tmp_p
 
     monkeypatch.setattr(type(client), "log_artifact", refuse)
     tracker = start(config, tmp_path / "run")
-    tracker.log_artifact(tmp_path / "bad.txt")
-    tracker.log_artifact(tmp_path / "good.txt")
+    tracker.log_artifact(tmp_path / "run" / "bad.txt")
+    tracker.log_artifact(tmp_path / "run" / "good.txt")
     assert not tracker.finish()
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["good.txt"]

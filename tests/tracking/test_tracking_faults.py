@@ -180,11 +180,11 @@ def test_a_server_that_never_answers_is_waited_for_as_long_as_promised(config, p
 
 def test_a_full_artifact_store_holds_back_no_metric(config, proxy, client, tmp_path, points):
     proxy.mode = "no artifacts"
-    (tmp_path / "best").mkdir()
+    (tmp_path / "run" / "best").mkdir(parents=True)
     for name in ("a.txt", "b.txt"):
-        (tmp_path / "best" / name).write_text(name)
+        (tmp_path / "run" / "best" / name).write_text(name)
     tracker = start(config, tmp_path / "run")
-    tracker.log_artifact(tmp_path / "best", "checkpoints")
+    tracker.log_artifact(tmp_path / "run" / "best", "checkpoints")
     train(tracker, range(STEPS))
     assert not tracker.finish(timeout=5)
     assert everything(client, points, tracker.run_id, range(STEPS)).info.status == "FINISHED"

@@ -1,6 +1,7 @@
 """``wmtp-ds data import``: data of other formats."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def _run(
 ) -> dict[str, Any] | None:
     """Run an import with its progress, and tell of its files; None where all is told."""
     for path in inputs:
-        if path.resolve().is_relative_to(output.resolve()):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
             raise UserError(f"{path}: lies in {output}, which the import replaces: give --output another folder")
     began = time.monotonic()
     with progress(what, unit) as (start, advance):

@@ -1,5 +1,7 @@
 """The ``wmtp-ds`` program: a lazy group of commands, one exit code for each kind of ending."""
 
+import errno
+import io
 import sys
 
 import click
@@ -7,6 +9,7 @@ import click
 from wmtp_ds import __version__
 from wmtp_ds.cli.lazy import LazyGroup
 from wmtp_ds.errors import UserError
+from wmtp_ds.masking import printable
 
 # Command -> (module:attribute, line of help). A module is imported only when its command runs, so that
 # `--help` and `validate` answer without waiting for torch.
@@ -38,6 +41,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the program. Exit codes: 0 done, 1 failed at run time, 2 usage or config, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name on the disk need not be text that can be encoded
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(args=args, prog_name="wmtp-ds", standalone_mode=False)
     except UserError as error:
@@ -47,8 +53,8 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written to: nothing that a traceback explains
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        click.echo(printable(f"error: {error}"), err=True)
+        sys.exit(2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1)  # names that no file can have
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from wmtp_ds.config import ConfigError, Problem, Resolved, load_config
+from wmtp_ds.masking import printable
 
 
 @click.command(epilog="Example: wmtp-ds validate stage_configs/critic.toml --override training.batch_size=4")
@@ -34,10 +35,10 @@ def validate(file: Path, overrides: tuple[str, ...], online: bool, as_json: bool
         click.echo(json.dumps(result, indent=2))
         return 0
     for warning in resolved.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(f"{file} is valid")
+        click.echo(printable(f"warning: {warning}"), err=True)
+    click.echo(printable(f"{file} is valid"))
     for name, value in summary.items():
-        click.echo(f"  {name:<11}{value}")
+        click.echo(printable(f"  {name:<11}{value}"))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from wmtp_ds.config.context import Check, Context
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file, read_json
 from wmtp_ds.handoff import BEST_FOLDER, VALUE_HEAD_FILE, CriticUri, locate_critic, parse_critic_uri
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 
@@ -119,17 +120,22 @@ def read_head(path: str) -> Head:
         OSError: the file cannot be read.
     """
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(8)
         if len(start) < 8:
             raise ValueError("it is shorter than a safetensors header")
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, _HEADER_LIMIT):
             raise ValueError("its header is longer than the file")
-        header: Any = json.loads(file.read(length))
+        try:
+            header: Any = json.loads(file.read(length))
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are no JSON object")
     try:
         shapes = {name: list(entry["shape"]) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -166,8 +172,7 @@ def _check_head(context: Context, path: str, shown: str | None = None) -> None:
 def _check_hidden_size(context: Context, head: Head, name: str) -> None:
     policy = context.path("models.policy.path")
     try:
-        with open(os.path.join(policy or "", "config.json"), encoding="utf-8") as file:
-            wanted = json.load(file)["hidden_size"]
+        wanted = read_json(os.path.join(policy or "", "config.json"))["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # check_policy has said what is wrong
     stored = head.shapes["output.weight"][-1:]

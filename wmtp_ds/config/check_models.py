@@ -10,6 +10,8 @@ from wmtp_ds.config.check_weights import check_weights, how_to_mend_model, is_mi
 from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.config.fields import PACKING_ATTENTION
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import read_json
+from wmtp_ds.models.config_file import refuse_foreign_code
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 from wmtp_ds.models.tokenizer_file import vocabulary_of
 
@@ -104,6 +106,11 @@ def read_model_config(context: Context, key: str, *, reward: bool = False) -> di
     if not isinstance(config, dict):
         context.report(key, f"{path}/config.json holds no JSON object", mend)
         return None
+    try:
+        refuse_foreign_code(config, Path(path) / "config.json")
+    except UserError as error:
+        context.report(key, str(error), mend)
+        return None
     return config
 
 
@@ -116,9 +123,8 @@ def _read_json(context: Context, key: str, path: str, mend: str) -> Any:
         context.report(key, f"{path} {what}", mend)
         return _UNREADABLE
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         context.report(key, f"{path} cannot be read: {error}", mend)
     return _UNREADABLE
 

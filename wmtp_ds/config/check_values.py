@@ -6,7 +6,8 @@ import re
 from urllib.parse import urlsplit
 
 from wmtp_ds.config.context import Check, Context
-from wmtp_ds.config.errors import did_you_mean, mask_secrets
+from wmtp_ds.config.errors import did_you_mean
+from wmtp_ds.masking import mask_urls
 
 _STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _ROUNDING = 1e-9
@@ -224,7 +225,7 @@ def check_tracking(context: Context) -> None:
     try:
         scheme = urlsplit(uri).scheme.partition("+")[0]
     except ValueError as error:
-        context.report(key, f"{mask_secrets(uri)} is not a URI: {error}", 'use "sqlite:///mlflow.db", or "" for off')
+        context.report(key, f"{mask_urls(uri)} is not a URI: {error}", 'use "sqlite:///mlflow.db", or "" for off')
         return
     if scheme in _STORES or uri == "databricks":
         return

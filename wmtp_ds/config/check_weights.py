@@ -92,9 +92,9 @@ class _Report:
 
     def size(self, config: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int | None:
         value = config.get(name, default)
-        if type(value) is int and value >= least:
+        if type(value) is int and least <= value < 2**63:
             return value
-        self(f"says {name} = {json.dumps(value)}; it must be a whole number of at least {least}")
+        self(f"says {name} = {json.dumps(value)[:60]}; it must be a whole number of at least {least}")
         return None
 
     def heads(self, config: dict[str, Any]) -> int | None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wmtp_ds.config.context import Check, Context, why_no_file
-from wmtp_ds.config.deepspeed_keys import OWNED, TOP_KEYS, ZERO_KEYS
+from wmtp_ds.config.deepspeed_keys import OWNED, TOP_KEYS, ZERO_KEYS, ZERO_NUMBERS, ZERO_OBJECTS
 from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.config.positions import json_lines
 from wmtp_ds.config.schema import ModelConfig, RewardConfig, RunConfig
+from wmtp_ds.config.sources import excess
+from wmtp_ds.files import read_bytes, twice
 
 CONFIG = "deepspeed.config"
 REFERENCE_CONFIG = "deepspeed.reference_config"
@@ -44,22 +46,21 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str]:
         OSError: it cannot be read.
         ValueError: it is no JSON object; the message says why.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
+    text = read_bytes(path, 2**20).decode("utf-8-sig")
     try:
         values = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object {...}")
+    if what := excess(values):
+        raise ValueError(f"it has {what}")
     return values, text
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:  # of which json would keep the last
-            raise ValueError(f'the key "{name}" stands twice in one object')
+    if (name := twice([name for name, _ in pairs])) is not None:  # of which json would keep the last
+        raise ValueError(f'the key "{name}" stands twice in one object')
     return dict(pairs)
 
 
@@ -169,9 +170,11 @@ def _check_zero(file: _File, why_stage_3: str) -> None:
         message = f'has no "{_ZERO}" section{found}' if _ZERO not in file.values else f'"{_ZERO}" is no object'
         file.report((_ZERO,), message, f'write "{_ZERO}": {{"stage": 3}}')
         return
-    for name in zero:
+    for name, value in zero.items():
         if name not in ZERO_KEYS:
             _report_unknown(file, (_ZERO, name), ZERO_KEYS)
+        elif name not in ("stage", "offload_param", "offload_optimizer") and not _is_reported(value):
+            _check_kind(file, name, value)
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name)
         if isinstance(section, dict):
@@ -185,6 +188,26 @@ def _check_zero(file: _File, why_stage_3: str) -> None:
         file.report((_ZERO, "stage"), f"has the unknown ZeRO stage {json.dumps(stage)}", 'write "stage": 3')
     elif stage != 3:
         file.report((_ZERO, "stage"), f"has stage {stage}; {why_stage_3}", 'write "stage": 3')
+
+
+def _is_reported(value: Any) -> bool:
+    """Whether `_check_leaves` has said what is wrong, or nothing is given."""
+    return value in (None, "auto") or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _check_kind(file: _File, name: str, value: Any) -> None:
+    """DeepSpeed would raise on every rank, once all have started."""
+    if name in ZERO_OBJECTS:
+        fits, kind, example = isinstance(value, dict), "an object", "{}"
+    elif name in ZERO_NUMBERS:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and 0 <= value < 2**63 and value == int(value)
+        kind, example = "a whole number of at least 0", "100000"
+    else:
+        fits, kind, example = isinstance(value, bool), "true or false", "true"
+    if not fits:
+        message = f"has {json.dumps(value)[:60]} for {_ZERO}.{name}, which must be {kind}"
+        file.report((_ZERO, name), message, f'write "{name}": {example}')
 
 
 def _check_offload(file: _File, name: str, section: dict[str, Any]) -> None:

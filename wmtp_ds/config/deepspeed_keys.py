@@ -63,6 +63,21 @@ ZERO_KEYS = (
     "leaf_module",
 )
 
+# Of these, whole numbers from 0 on, and objects; but for "stage" the others are true or false.
+ZERO_NUMBERS = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "zero_hpz_partition_size",
+)
+ZERO_OBJECTS = ("offload_param", "offload_optimizer", "zenflow", "leaf_module")
+
 # At the top. DeepSpeed reads past others: a misspelt one would do nothing, and nobody would know.
 TOP_KEYS = (
     *OWNED,

@@ -1,21 +1,11 @@
 """What is said about a configuration that is wrong: every problem, each with its key, its origin and a remedy."""
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from wmtp_ds.errors import UserError
-
-# Credentials in scheme://user:password@host, and values of telling names in a query.
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
-_TOKEN = re.compile(r"([?&][\w-]*(?:token|passw(?:or)?d|secret|access_key|signature)=)[^&\s#'\"]+", re.IGNORECASE)
-
-
-def mask_secrets(text: str) -> str:
-    """The text with the credentials in its URLs replaced by ``***``. Masking twice changes nothing more."""
-    return _TOKEN.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

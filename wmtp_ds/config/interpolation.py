@@ -11,6 +11,10 @@ from wmtp_ds.config.layers import Layers, look_up
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<key>[^{}]*)\}|(?P<open>\$\{)")
 
 
+# Values that refer to one another in a row, and what all of one config may come to.
+_LONGEST_CHAIN, _MOST_MADE = 32, 2**18
+
+
 class _UnresolvedError(Exception):
     """A value that cannot be made. Its message is said once: of the value that holds the wrong reference."""
 
@@ -50,6 +54,8 @@ class _Resolver:
     def __init__(self, layers: Layers):
         self.tree = layers.tree
         self.chain: list[KeyPath] = []  # the values that are being made, each for the one before it
+        self.spent = 0
+        self.told = False
 
     def resolve(self, value: Any, path: KeyPath) -> Any:
         """The value with its references replaced.
@@ -60,7 +66,12 @@ class _Resolver:
         if isinstance(value, list):
             return [self.resolve(item, (*path, index)) for index, item in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
+            if self.chain:
+                self._spend(0)
             return copy.deepcopy(value)
+        if len(self.chain) == _LONGEST_CHAIN:
+            message = f"is one of more than {_LONGEST_CHAIN} values that are made one of the other"
+            raise self._too_much(message, "give one of them a value of its own")
         if path in self.chain:
             circle = [*self.chain[self.chain.index(path) :], path]
             raise _UnresolvedError(
@@ -73,9 +84,22 @@ class _Resolver:
             whole = _REFERENCE.fullmatch(value)
             if whole and whole["key"] is not None:
                 return self._target(whole["key"], path)  # keeps its type: a number stays a number
-            return _REFERENCE.sub(lambda match: self._text(match, path), value)
+            text = _REFERENCE.sub(lambda match: self._text(match, path), value)
+            self._spend(len(text))
+            return text
         finally:
             self.chain.pop()
+
+    def _spend(self, amount: int) -> None:
+        """Count a value and its characters: twenty values that hold the next one twice are a million of the last."""
+        self.spent += 64 + amount
+        if self.spent > _MOST_MADE:
+            raise self._too_much("is part of values that refer to each other without end", "write what they stand for")
+
+    def _too_much(self, message: str, mend: str) -> _UnresolvedError:
+        """Of the value that was asked for, once: the others are of the same knot."""
+        first, self.told = not self.told, True
+        return _UnresolvedError(self.chain[0] if first else (), message, mend)
 
     def _text(self, match: re.Match[str], path: KeyPath) -> str:
         if match["open"]:
@@ -91,6 +115,8 @@ class _Resolver:
                 f"puts the list {match['key']} into a text",
                 f'refer to one item, "${{{match["key"]}[0]}}", or let the reference be the whole value',
             )
+        if isinstance(target, int) and target.bit_length() > 64:
+            raise _UnresolvedError(path, f"refers to {match['key']}, which is beyond 64 bits", "refer to another key")
         return str(target).lower() if isinstance(target, bool) else str(target)
 
     def _target(self, key: str, path: KeyPath) -> Any:

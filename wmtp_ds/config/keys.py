@@ -16,6 +16,9 @@ from wmtp_ds.config.training import TrainingConfig, stage_names, training_class
 
 KeyPath = tuple[str | int, ...]
 
+# Of a key, and levels of tables and lists: the schema has six.
+MOST_PARTS = 32
+
 _KEY = re.compile(r"[A-Za-z0-9_-]+(?:\[[0-9]{1,9}\])*(?:\.[A-Za-z0-9_-]+(?:\[[0-9]{1,9}\])*)*")
 _PART = re.compile(r"[A-Za-z0-9_-]+|\[[0-9]+\]")
 
@@ -33,10 +36,10 @@ STAGE_KEYS: dict[KeyPath, str] = {
 
 def parse_key(text: str) -> KeyPath | None:
     """``a.b[0].c`` as its parts, or None where it is no key. ``a.b.0.c`` means the same where b is a list."""
-    if not _KEY.fullmatch(text):
+    if not _KEY.fullmatch(text) or len(parts := _PART.findall(text)) > MOST_PARTS:
         return None
     path: KeyPath = ()
-    for part in _PART.findall(text):
+    for part in parts:
         path = (*path, int(part[1:-1]) if part.startswith("[") else as_part(part, path))
     return path
 

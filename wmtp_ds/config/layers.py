@@ -44,7 +44,8 @@ class Layers:
             if merges and isinstance(under.get(key), dict):
                 self._merge(under[key], value, here, origin)
             else:
-                self._forget(here)
+                if key in under:
+                    self._forget(here)
                 under[key] = copy.deepcopy(value)
                 self._note(here, value, origin)
 

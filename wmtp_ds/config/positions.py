@@ -7,6 +7,8 @@ to check it.
 import json
 import re
 import tomllib
+from bisect import bisect_left
+from collections.abc import Callable
 
 Path = tuple[str | int, ...]
 
@@ -22,6 +24,12 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SCALAR = re.compile(r"[^,\]}#\n]+")
 
 
+def _line_counter(text: str) -> Callable[[int], int]:
+    """Tells the line, counted from 1, of a position in a text."""
+    ends = [match.start() for match in re.finditer("\n", text)]
+    return lambda position: bisect_left(ends, position) + 1
+
+
 class _TomlReader:
     """Walks over a valid TOML document and notes the line of each key and of each item of an array."""
 
@@ -30,6 +38,7 @@ class _TomlReader:
         self.at = 0
         self.lines: dict[Path, int] = {}
         self.arrays: dict[Path, int] = {}  # arrays of tables -> how many items so far
+        self.line_of = _line_counter(text)
 
     def read(self) -> dict[Path, int]:
         table: Path = ()
@@ -116,7 +125,7 @@ class _TomlReader:
 
     def _note(self, path: Path, at: int | None = None) -> None:
         position = self.at if at is None else at
-        self.lines.setdefault(path, self.text.count("\n", 0, position) + 1)
+        self.lines.setdefault(path, self.line_of(position))
 
     def _peek(self, text: str) -> bool:
         return self.text.startswith(text, self.at)
@@ -139,6 +148,7 @@ _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')
 def json_lines(text: str) -> dict[Path, int]:
     """The line, counted from 1, of each key of a valid JSON document (keys below an array are left out)."""
     lines: dict[Path, int] = {}
+    line_of = _line_counter(text)
     stack: list[str | None] = []  # the key under which each open object stands; None for an array
     key: str | None = None
     previous: re.Match[str] | None = None
@@ -149,7 +159,7 @@ def json_lines(text: str) -> dict[Path, int]:
             key = json.loads(previous.group())
             if None not in stack:
                 path = (*[part for part in stack[1:] if part is not None], key)
-                lines.setdefault(path, text.count("\n", 0, previous.start()) + 1)
+                lines.setdefault(path, line_of(previous.start()))
         elif word == "{":
             stack.append(key or "")
         elif word == "[":

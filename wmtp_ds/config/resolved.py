@@ -16,11 +16,12 @@ from wmtp_ds.config.deepspeed_file import (
     merge_training,
     read_deepspeed,
 )
-from wmtp_ds.config.errors import ConfigError, Origin, Problem, mask_secrets
+from wmtp_ds.config.errors import ConfigError, Origin, Problem
 from wmtp_ds.config.keys import STAGE_KEYS, KeyPath, format_key
 from wmtp_ds.config.layers import Layers
 from wmtp_ds.config.schema import RunConfig
 from wmtp_ds.config.toml_writer import format_name, format_value
+from wmtp_ds.masking import mask_urls
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _plain(value: Any, path: KeyPath, config: RunConfig) -> Any:
         return {key: _plain(item, (*path, key), config) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item, (*path, index), config) for index, item in enumerate(value)]
-    return mask_secrets(str(value)) if isinstance(value, str | Path) else value
+    return mask_urls(str(value)) if isinstance(value, str | Path) else value
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wmtp_ds.config.errors import Origin, Problem, mask_secrets
-from wmtp_ds.config.keys import KeyPath, as_part, declared_at, format_key, parse_key
+from wmtp_ds.config.errors import Origin, Problem
+from wmtp_ds.config.keys import MOST_PARTS, KeyPath, as_part, declared_at, format_key, parse_key
 from wmtp_ds.config.positions import toml_lines
 from wmtp_ds.config.schema import RunConfig
+from wmtp_ds.files import read_bytes
+from wmtp_ds.masking import mask_urls
 
 # Variables that begin like ours and belong to another part of the program, with the values that they may have.
 OTHER_VARIABLES = {"WMTP_KERNELS": ("", "torch", "triton")}
@@ -21,7 +23,13 @@ _PREFIX = str(RunConfig.model_config["env_prefix"])
 _DELIMITER = str(RunConfig.model_config["env_nested_delimiter"])
 _TOML_POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 _TABLE = re.compile(r"\s*\[")
+_NOT_THERE = "does not exist"
 _EXAMPLE = "--override training.learning_rate=1e-5"
+# More than any config has, and little enough that whatever it says is answered at once.
+_MOST_BYTES, _MOST_VALUES = 2**20, 5000
+_ENDLESS_KEY = re.compile(
+    rf"""(?<![A-Za-z0-9_-])(?:(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MOST_PARTS}}}"""
+)
 
 
 @dataclass
@@ -62,14 +70,14 @@ def read_files(path: Path) -> tuple[list[FileLayer], list[Problem]]:
         found = FileLayer(path, layer)
         problem = _read_toml(found)
         if problem:
-            problems.append(asked if asked and not os.path.exists(path) else problem)
+            problems.append(asked if asked and problem.message == _NOT_THERE else problem)
             break
         files.insert(0, found)
         base = found.values.pop("extends", None)
         if base is None:
             break
         where = str(found.origin(("extends",)))
-        if not isinstance(base, str) or not base:
+        if not isinstance(base, str) or not base or "\0" in base:
             mend = 'name one file, relative to this one: extends = "../critic.toml"'
             problems.append(Problem("extends", where, f"must be a file's name, not {base!r}", mend))
             break
@@ -96,11 +104,11 @@ def _read_toml(file: FileLayer) -> Problem | None:
             f"name one of its files: {', '.join(inside)}" if inside else "",
         )
     try:
-        text = file.path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file.path, _MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         beside = sorted(str(item) for item in file.path.parent.glob("*.toml")) if file.path.name else []
         mend = f"there are: {', '.join(beside)}" if beside else "the configs lie in stage_configs/"
-        return Problem("", name, "does not exist", mend)
+        return Problem("", name, _NOT_THERE, mend)
     except UnicodeDecodeError as error:
         return Problem(
             "", name, f"is not UTF-8 text (byte {error.start + 1})", "a config is a TOML file saved as UTF-8"
@@ -109,15 +117,42 @@ def _read_toml(file: FileLayer) -> Problem | None:
         reason = getattr(error, "strerror", None) or str(error)
         return Problem("", name, f"cannot be read: {reason}", "check the file's name and its permissions")
     try:
-        file.values = tomllib.loads(text)
+        file.values = _parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         return _syntax_problem(name, text, error)
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets without end
         return Problem("", name, f"is not usable TOML: {str(error).splitlines()[0]}", "simplify the value")
+    if what := excess(file.values):
+        return Problem("", name, f"is no config: {what}", "start from a copy of a config in stage_configs/")
     if not file.values:
         return Problem("", name, "is empty", "start from a copy of a config in stage_configs/")
     file.lines = toml_lines(text)
     return None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """As `tomllib.loads`, which takes hours over a key of a hundred thousand parts.
+
+    Raises:
+        ValueError: it is no TOML, or holds an integer of thousands of digits.
+        RecursionError: it holds brackets without end.
+    """
+    if _ENDLESS_KEY.search(text):
+        raise ValueError(f"a key has more than {MOST_PARTS} parts")
+    return tomllib.loads(text)
+
+
+def excess(value: Any) -> str:
+    """What a table or list has more of than a config can need; "" where it has not."""
+    level, count, depth = [value], 0, 0
+    while level:
+        depth += 1
+        count += sum(map(len, level))
+        if depth > MOST_PARTS or count > _MOST_VALUES:
+            return f"more than {MOST_PARTS} levels" if depth > MOST_PARTS else f"more than {_MOST_VALUES} values"
+        items = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
+        level = [item for item in items if isinstance(item, dict | list)]
+    return ""
 
 
 def _syntax_problem(name: str, text: str, error: tomllib.TOMLDecodeError) -> Problem:
@@ -125,9 +160,9 @@ def _syntax_problem(name: str, text: str, error: tomllib.TOMLDecodeError) -> Pro
     position = _TOML_POSITION.search(message)
     line = int(position[1]) if position and position[1] else text.rstrip().count("\n") + 1
     column = f", column {position[2]}" if position and position[2] else ""
-    what = _TOML_POSITION.sub("", message)
-    lines = text.splitlines()
-    shown = mask_secrets(lines[line - 1].strip()) if line <= len(lines) else ""
+    what = _TOML_POSITION.sub("", message)[:200]
+    lines = text.split("\n")
+    shown = mask_urls(lines[line - 1].strip())[:120] if line <= len(lines) else ""
     mend = f"look at line {line}{column}: {shown}" if shown else "correct the file's syntax"
     return Problem("", f"{name}:{line}", f"is not TOML: {what}", f"{mend} (texts need quotes, lists commas)")
 
@@ -148,7 +183,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[list[Assignment], list
             continue
         parts = name.removeprefix(_PREFIX).lower().split(_DELIMITER)
         problem = None
-        if not all(parts) or not _is_text(name):
+        if not all(parts) or len(parts) > MOST_PARTS or not _is_text(name):
             mend = f"name a key, as in {_PREFIX}TRAINING{_DELIMITER}LEARNING_RATE, or unset the variable"
             problem = Problem(format_key(part for part in parts if part), str(origin), "names no key", mend)
         elif not _is_text(environ[name]):
@@ -171,7 +206,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[list[Assignment], list[Pro
         key, equals, value = text.partition("=")
         key = key.strip()
         shown = text if _is_text(text) else ascii(text)
-        origin = Origin("override", f"--override {mask_secrets(shown)}")
+        origin = Origin("override", f"--override {mask_urls(shown)}")
         path = parse_key(key)
         if not equals:
             name = format_key(path) if path else ""
@@ -198,16 +233,28 @@ def parse_value(text: str, path: KeyPath) -> Any:
         return text
     if "\n" not in text and "\r" not in text:
         try:
-            return tomllib.loads(f"value = {text}")["value"]
+            return _bounded(_parse_toml(f"value = {text}")["value"])
         except (ValueError, RecursionError):
             pass
     try:
         if text.startswith(("{", "[", '"')):
-            return json.loads(text)
+            return _bounded(json.loads(text))
         # Python's spelling of numbers, as in .5
         return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) else text
     except (ValueError, RecursionError):
         return text
+
+
+def _bounded(value: Any) -> Any:
+    """The value.
+
+    Raises:
+        ValueError: it is nested beyond all need, or holds half a surrogate pair, which is no text.
+    """
+    if isinstance(value, dict | list) and (what := excess(value)):
+        raise ValueError(what)
+    json.dumps(value, ensure_ascii=False, default=str).encode()
+    return value
 
 
 def _is_text(text: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def format_value(value: Any) -> str:
@@ -21,8 +22,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)  # TOML reads 1e-05, inf and nan as Python writes them
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # JSON's escapes are TOML's, but for the control characters and marks of direction that JSON leaves as they are.
+        return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
     if isinstance(value, list | tuple):
         return f"[{', '.join(format_value(item) for item in value)}]"
     if isinstance(value, Mapping):

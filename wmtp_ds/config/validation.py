@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import annotated_types as limits
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from pydantic.types import StringConstraints
 from pydantic_core import ErrorDetails
 
-from wmtp_ds.config.errors import Origin, Problem, did_you_mean, mask_secrets
+from wmtp_ds.config.errors import Origin, Problem, did_you_mean
 from wmtp_ds.config.keys import (
     STAGE_KEYS,
     Declared,
@@ -23,6 +24,7 @@ from wmtp_ds.config.keys import (
 from wmtp_ds.config.layers import Layers, look_up
 from wmtp_ds.config.schema import RunConfig, run_config_class
 from wmtp_ds.config.training import stage_names, training_class
+from wmtp_ds.masking import mask_urls
 
 _MISSING = object()
 
@@ -45,6 +47,7 @@ class SchemaCheck:
         self.wrong: set[KeyPath] = set(wrong)
         self._check_stage()
         self._check_stage_keys()
+        self._check_numbers(layers.tree, ())
         self._check_types()
 
     def _report(self, path: KeyPath, message: str, mend: str, origin: str | None = None) -> None:
@@ -73,15 +76,37 @@ class SchemaCheck:
 
     def _setters(self, path: KeyPath) -> list[Origin]:
         """Who set a key or anything in it: a file's first line of it, every variable, every override."""
-        origins = [origin for key, origin in self.layers.origins.items() if key[: len(path)] == path]
+        origins = self._origins_below.get(path, [])
         filed = [origin for origin in origins if origin.layer in ("file", "extends")]
         return [*filed[:1], *dict.fromkeys(o for o in origins if o.layer in ("environment", "override"))]
+
+    @cached_property
+    def _origins_below(self) -> dict[KeyPath, list[Origin]]:
+        """For each key the origins of all that it holds, its own first."""
+        found: dict[KeyPath, list[Origin]] = {}
+        for key, origin in self.layers.origins.items():
+            for length in range(1, len(key) + 1):
+                found.setdefault(key[:length], []).append(origin)
+        return found
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        """For each name the first key of the schema that ends in it."""
+        return {key.rpartition(".")[2]: key for key in reversed(list(all_keys()))}
 
     def _other_stage(self, path: KeyPath) -> tuple[str, str]:
         owners = stages_with(path)
         plural = "s" if len(owners) > 1 else ""
         message = f"belongs to stage{plural} {_list(owners, 'and')}, not to {self.stage}"
         return message, f"remove it, or set experiment.stage to {_list(owners)}"
+
+    def _check_numbers(self, value: Any, path: KeyPath) -> None:
+        """Whole numbers are those of TOML: Python takes larger ones, and then cannot even write them."""
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            self._check_numbers(item, (*path, key))
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            self._report(path, "is beyond 64 bits, in which a whole number must lie", self._example(path))
 
     def _check_types(self) -> None:
         tree = {key: _frozen(value) for key, value in self.layers.tree.items()}
@@ -99,7 +124,9 @@ class SchemaCheck:
 
     def _translate(self, error: ErrorDetails) -> None:
         path, kind = error["loc"], error["type"]
-        if kind == "default_factory_not_called" or any(path[: len(known)] == known for known in self.wrong):
+        if kind == "default_factory_not_called" or any(
+            path[:length] in self.wrong for length in range(1, len(path) + 1)
+        ):
             return
         if self.stage is None and path[0] == "training" and len(path) > 1:
             # Without a stage nobody can say which fields are missing or foreign: only what no stage has is wrong.
@@ -145,6 +172,8 @@ class SchemaCheck:
         """What is said of a key that the schema does not know, and what was probably meant."""
         holder = declared_at(path[:-1])
         names = list(fields_of(holder.type)) if holder and holder.is_table else []
+        if len(path) == 1 and origin.layer in ("file", "extends"):
+            names.append("extends")
         table = format_key(path[:-1])
         hint = self._suggest(path, names)
         if origin.layer == "environment":
@@ -158,8 +187,8 @@ class SchemaCheck:
     def _suggest(self, path: KeyPath, names: list[str]) -> str:
         """The key that was probably meant, dotted in full, or ""."""
         word = str(path[-1])
-        if moved := [key for key in all_keys() if key.rpartition(".")[2] == word]:
-            return moved[0]  # the right name in the wrong table
+        if moved := self._keys.get(word):
+            return moved  # the right name in the wrong table
         close = did_you_mean(word, names)
         return format_key((*path[:-1], close.split('"')[1])) if close else ""
 
@@ -213,11 +242,13 @@ def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        text = '"' + mask_secrets(value).replace("\n", "\\n") + '"'
+        text = '"' + mask_urls(value).replace("\n", "\\n") + '"'
     elif isinstance(value, list | tuple):
         text = f"[{', '.join(map(show_value, value))}]"
     elif isinstance(value, dict):
         text = "{" + ", ".join(f"{key} = {show_value(item)}" for key, item in value.items()) + "}"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        text = f"a number of {value.bit_length()} bits"
     else:
         text = "null" if value is None else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

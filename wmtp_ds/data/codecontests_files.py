@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wmtp_ds.data.dataset_files import fingerprint_of
 from wmtp_ds.errors import UserError
-from wmtp_ds.files import sha256_of
+from wmtp_ds.files import open_file, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,6 +102,7 @@ def _open(path: Path) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
     try:
+        open_file(path).close()  # pyarrow would wait for a pipe
         # A buffer: a column is read piece by piece, not a row group's whole chunk of it at once.
         return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from wmtp_ds.data.import_folder import PROBLEMS
 from wmtp_ds.data.rows import decode_object, read_lines
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 
 PROBLEM, SOLUTION = "problem", "solution"
 
@@ -82,7 +83,8 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    file = open_file(path)
+    return cast(BinaryIO, gzip.open(file)) if path.suffix == ".gz" else file
 
 
 def _texts(where: str, found: dict[str, Any]) -> Iterator[EvaluationText]:

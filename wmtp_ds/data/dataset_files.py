@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wmtp_ds.files import sha256_of
+from wmtp_ds.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 # The modules, by the beginning of their names, on which it depends what rows say.
@@ -51,7 +51,7 @@ def finished(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | 
         made_from: all that decides what is in it, as the manifest has it.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(directory / MANIFEST)
         if manifest["made_from"] != dict(made_from):
             return None
         for name, expected in manifest["files"].items():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from wmtp_ds.data.rows import Row, parse_row, read_lines
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 
 HOW_TO_ALLOW = "name training data, or set dataset.allow_evaluation_data = true to train on it all the same"
 
@@ -24,7 +25,7 @@ def refuse_evaluation_rows(path: str | Path) -> None:
     Raises:
         UserError: a row is; with its line and its source.
     """
-    with Path(path).open("rb") as handle:
+    with open_file(path) as handle:
         for _, number, line in read_lines(handle, path):
             if _KEY not in line and b"\\u" not in line:  # a key may be written with escapes
                 continue

@@ -4,7 +4,6 @@ The canonical solutions become the rows of evaluation.jsonl, each with the label
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from wmtp_ds.data.dataset_files import code_version, fingerprint_of
 from wmtp_ds.data.humaneval_tests import function_tests
 from wmtp_ds.data.import_folder import ImportFolder, finished_import
 from wmtp_ds.data.labels import FunctionTests, Group, Label, label_groups, plan_checks
-from wmtp_ds.data.rows import read_lines
+from wmtp_ds.data.rows import check_pairs, decode_object, read_lines
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 
 LIMITS = Limits(cpu_seconds=3.0)  # as HumanEval's own evaluation has it
 
@@ -45,7 +45,7 @@ def read_humaneval(source: Path) -> list[Task]:
     path = _find(source)
     tasks: dict[str, Task] = {}
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
+        with open_file(path) as file, gzip.open(file) if path.suffix == ".gz" else file as handle:
             for _, number, line in read_lines(handle, path):  # type: ignore[arg-type]
                 if line.strip():
                     task = _parse(line, f"{path}:{number}")
@@ -74,14 +74,10 @@ def _find(source: Path) -> Path:
 
 
 def _parse(line: bytes, where: str) -> Task:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}: write one complete JSON object a line") from None
+    found = decode_object(line, where)
+    check_pairs(found, where)
     for key in _KEYS:
-        if not isinstance(found, dict) or not isinstance(found.get(key), str) or not found[key].strip():
+        if not isinstance(found.get(key), str) or not found[key].strip():
             raise UserError(f'{where}: "{key}" must be a text that is not empty: HumanEval has {", ".join(_KEYS)}')
     if not found["entry_point"].isidentifier():
         raise UserError(f'{where}: "entry_point" must be the name of a function, not {found["entry_point"]!r}')

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from wmtp_ds.data.dataset_files import MANIFEST, finished
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import sha256_of, sync, write_atomically
+from wmtp_ds.files import read_json, sha256_of, sync, write_atomically
 
 PROBLEMS = "problems.jsonl"
 SPLITS: tuple[str, ...] = ("train", "validation", "evaluation")
@@ -52,7 +52,7 @@ def finished_import(output: Path, made_from: Mapping[str, Any], *, force: bool) 
     if not names:
         return None
     try:
-        found = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        found = read_json(output / MANIFEST)
         before, own = dict(found["made_from"]), {MANIFEST, *found["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{output}: has files in it that no import made: give --output another folder") from None
@@ -102,7 +102,7 @@ class ImportFolder:
         self.state: dict[str, Any] | None = None
         self.splits: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, dict[str, Any]] = {}
-        self._final = output.resolve()
+        self._final = Path(os.path.realpath(output))
         self._folder = self._final.with_name(f".partial-{self._final.name}")
         self._made_from = dict(made_from)
         self._plan = hashlib.sha256(json.dumps(self._made_from, sort_keys=True).encode()).hexdigest()
@@ -147,9 +147,12 @@ class ImportFolder:
         """Take up what an interrupted import has committed, and remove the rest."""
         sizes: dict[str, int] = {}
         try:
-            journal = json.loads((self._folder / _JOURNAL).read_text(encoding="utf-8"))
-            if journal["plan"] == self._plan and all(
-                (self._folder / name).stat().st_size >= size for name, size in journal["sizes"].items()
+            journal = read_json(self._folder / _JOURNAL)
+            is_whole = journal.pop("checksum") == _checksum(journal)
+            if (
+                is_whole
+                and journal["plan"] == self._plan
+                and all((self._folder / name).stat().st_size >= size for name, size in journal["sizes"].items())
             ):
                 sizes = dict(journal["sizes"])
                 self.state, self._rows = journal["state"], dict(journal["rows"])
@@ -218,7 +221,7 @@ class ImportFolder:
             "splits": self.splits,
             "skipped": self.skipped,
         }
-        write_atomically(self._folder / _JOURNAL, json.dumps(journal))
+        write_atomically(self._folder / _JOURNAL, json.dumps(journal | {"checksum": _checksum(journal)}))
         self.state = dict(state)
 
     def publish(self, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,3 +283,7 @@ class ImportFolder:
             f"{self.output}: writing failed: {what}; nothing there counts as finished: {mend}, and run the same "
             f"command again{kept}"
         )
+
+
+def _checksum(journal: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(journal, sort_keys=True).encode()).hexdigest()

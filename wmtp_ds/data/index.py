@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from wmtp_ds.data.rows import Row, parse_row, read_lines
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import open_file
 
 CACHE_SCHEMA = 1  # raise it whenever a column, its meaning or a check of the rows changes
 
@@ -141,7 +142,7 @@ def build_index(path: str | Path) -> DataIndex:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return open_file(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such data file: correct dataset.train or dataset.validation, or make the sample data with "
@@ -192,7 +193,7 @@ def _load_cache(path: Path, status: os.stat_result) -> dict[str, Any] | None:
     """The cached index of this very file, or None. Whatever is wrong with a cache, it is only made again."""
     for cache in _cache_files(path):
         try:
-            with np.load(cache, allow_pickle=False) as stored:
+            with open_file(cache) as file, np.load(file, allow_pickle=False) as stored:
                 text = json.loads(stored["text"].tobytes())
                 if text["key"] != _cache_key(status):
                     continue

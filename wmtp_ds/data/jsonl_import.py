@@ -13,7 +13,7 @@ from wmtp_ds.data.import_split import DEFAULT_FRACTION, check_splits, held_out
 from wmtp_ds.data.jsonl_mapping import FieldMapping, Mapped, UnfitError
 from wmtp_ds.data.rows import decode_object, parse_row, read_lines
 from wmtp_ds.errors import UserError
-from wmtp_ds.files import sha256_of
+from wmtp_ds.files import open_file, sha256_of, version_of
 
 _VERSION = 1  # raise it whenever the same source and options give other rows
 _COMMIT_EVERY = 2000  # lines
@@ -64,9 +64,10 @@ def import_jsonl(
         RunError: writing failed.
     """
     mapping = mapping or FieldMapping()
+    fingerprint, version = _fingerprint(source)
     made_from = {
         "command": "data import jsonl",
-        "source": _fingerprint(source),
+        "source": fingerprint,
         "map": dict(mapping.paths),
         "set": dict(mapping.constants),
         "id_from": list(mapping.id_from),
@@ -78,7 +79,7 @@ def import_jsonl(
     reused = finished_import(output, made_from, force=force)
     if reused is not None:
         return reused
-    with ImportFolder(output, made_from) as folder, source.open("rb") as handle:
+    with ImportFolder(output, made_from) as folder, open_file(source) as handle:
         on_start(source.stat().st_size)
         known = _Known()
         for note in folder.notes():
@@ -102,16 +103,19 @@ def import_jsonl(
             on_done(len(line))
             if number % _COMMIT_EVERY == 0:
                 folder.commit({"line": number, "offset": offset + len(line), "found": sorted(found)})
+        if version_of(source) != version:
+            raise UserError(f"{source}: the file is still being written: wait until that is done, then start again")
         check_splits(folder, source, validation_fraction)
         _check_paths(mapping, found, source)
         return folder.publish({"lines_read": number, "skipped": folder.skipped})
 
 
-def _fingerprint(source: Path) -> str:
+def _fingerprint(source: Path) -> tuple[str, tuple[int, int, int]]:
     if source.is_dir():
         raise UserError(f"{source}: is a folder: give --input a JSONL file")
     try:
-        return sha256_of(source)[:16]
+        version = version_of(source)
+        return sha256_of(source)[:16], version
     except FileNotFoundError:
         raise UserError(f"{source}: does not exist: give --input a JSONL file") from None
     except OSError as error:

@@ -26,7 +26,7 @@ from wmtp_ds.data.output_file import report_path
 from wmtp_ds.data.rows import decode_object, parse_row, read_lines
 from wmtp_ds.data.sandbox import Limits, sandbox_kind
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import replace_file, sha256_of
+from wmtp_ds.files import open_file, read_json, replace_file, sha256_of, version_of
 
 _VERSION = 1  # raise it whenever the same input and options give another file
 _ROWS_AHEAD = 32  # of each worker: so far may rows be done before one that takes long
@@ -91,7 +91,7 @@ def label_file(
     options = options or LabelOptions()
     if problems is None and (source.parent / PROBLEMS).is_file():
         problems = source.parent / PROBLEMS
-    total, digest = _survey(source)
+    total, digest, version = _survey(source)
     with contextlib.ExitStack() as stack:
         tests = stack.enter_context(contextlib.closing(ProblemFile(problems))) if problems else None
         made_from = {
@@ -110,12 +110,14 @@ def label_file(
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{output}: its folder cannot be made: {error.strerror}: give another --output") from None
-        journal = stack.enter_context(Journal(output, made_from))
+        journal = stack.enter_context(Journal(output, made_from, _is_entry))
+        if journal.entries > total:
+            raise UserError(f"{journal.path}: holds more than the {total} rows of {source}: delete it")
         on_start(total)
         on_done(journal.entries)
         try:
             _run(source, journal, tests, options, workers or os.cpu_count() or 1, on_done)
-            report = _write(source, output, journal, options, made_from)
+            report = _write(source, version, output, journal, options, made_from)
         except OSError as error:
             raise RunError(
                 f"{output}: writing failed: {error.strerror}; what has run is kept in {journal.path}: mend that, and "
@@ -125,12 +127,13 @@ def label_file(
     return {**report, "reused": False}
 
 
-def _survey(source: Path) -> tuple[int, str]:
-    """How many rows there are, each of which is found to be one, and the file's SHA-256."""
+def _survey(source: Path) -> tuple[int, str, tuple[int, int, int]]:
+    """How many rows there are, each of which is found to be one, the file's SHA-256, and what `version_of` says."""
     digest = hashlib.sha256()
     total = 0
     try:
-        with source.open("rb") as handle:
+        version = version_of(source)
+        with open_file(source) as handle:
             for _, number, line in read_lines(handle, source):
                 digest.update(line)
                 if line.strip():
@@ -142,7 +145,7 @@ def _survey(source: Path) -> tuple[int, str]:
         raise UserError(f"{source}: cannot be read: {error.strerror}: give --input a data file") from None
     if not total:
         raise UserError(f"{source}: has no rows: give --input a data file, one solution a line")
-    return total, digest.hexdigest()
+    return total, digest.hexdigest(), version
 
 
 def _finished(inputs: list[Path], output: Path, made_from: dict[str, Any], force: bool) -> dict[str, Any] | None:
@@ -154,7 +157,7 @@ def _finished(inputs: list[Path], output: Path, made_from: dict[str, Any], force
     if not output.exists() or force:
         return None
     try:
-        found = json.loads(report_path(output).read_text(encoding="utf-8"))
+        found = read_json(report_path(output))
         before, report, digest = found["made_from"], found["report"], found["sha256"]
         differing = [key for key in made_from if before.get(key) != json.loads(json.dumps(made_from[key]))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -187,13 +190,43 @@ def _run(
     def work(numbered: tuple[int, dict[str, Any]]) -> dict[str, Any]:
         return run_row(numbered[1], problems, options)
 
-    with source.open("rb") as handle, ThreadPoolExecutor(workers) as pool:
+    with open_file(source) as handle, ThreadPoolExecutor(workers) as pool:
         rows = _rows(handle, source)
         for _ in range(journal.entries):
-            next(rows)
+            if next(rows, None) is None:
+                raise _changed(source)
         for entry in _in_order(pool, work, rows, workers * _ROWS_AHEAD):
             journal.append(entry)
             on_done(1)
+
+
+def _changed(source: Path) -> RunError:
+    return RunError(f"{source}: has changed while it was being labelled: run the same command again")
+
+
+def _with_entries(
+    handle: BinaryIO, source: Path, journal: Journal
+) -> Iterator[tuple[tuple[int, dict[str, Any]], dict[str, Any]]]:
+    """Each row, and what came of it.
+
+    Raises:
+        RunError: there are more of one than of the other.
+    """
+    rows, entries = _rows(handle, source), iter(journal)
+    for row in rows:
+        entry = next(entries, None)
+        if entry is None:
+            raise _changed(source)
+        yield row, entry
+    if next(entries, None) is not None:
+        raise _changed(source)
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether a line of the journal is one that `run_row` has made."""
+    texts = [value for name, value in entry.items() if name != "evaluation_only"]
+    known = "untested" in entry or "suspicious" in entry or {"verdict", "evidence"} <= entry.keys()
+    return known and all(isinstance(text, str) for text in texts)
 
 
 def _in_order(
@@ -245,29 +278,36 @@ def source_label_of(row: dict[str, Any]) -> bool | None:
 def _problems_without_a_pass(source: Path, journal: Journal) -> set[str]:
     """Problems with solutions that the source calls correct, of which none passes."""
     passes: dict[str, bool] = {}
-    with source.open("rb") as handle:
-        for (_, row), entry in zip(_rows(handle, source), journal, strict=True):
+    with open_file(source) as handle:
+        for (_, row), entry in _with_entries(handle, source, journal):
             if "verdict" in entry and source_label_of(row):
                 passes[row["problem_id"]] = passes.get(row["problem_id"], False) or entry["verdict"] == "passed"
     return {problem_id for problem_id, found in passes.items() if not found}
 
 
 def _write(
-    source: Path, output: Path, journal: Journal, options: LabelOptions, made_from: dict[str, Any]
+    source: Path,
+    version: tuple[int, int, int],
+    output: Path,
+    journal: Journal,
+    options: LabelOptions,
+    made_from: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the labelled file and the report."""
     not_believed = _problems_without_a_pass(source, journal)
     seen: set[str] = set()
     report = Report()
     partial = output.with_name(f".partial-{output.name}")
-    with source.open("rb") as handle, partial.open("wb") as written:
-        for (number, row), entry in zip(_rows(handle, source), journal, strict=True):
+    with open_file(source) as handle, partial.open("wb") as written:
+        for (number, row), entry in _with_entries(handle, source, journal):
             report.rows += 1
             if "verdict" in entry and row["problem_id"] in not_believed:
                 entry["suspicious"] = _NONE_PASSES
             if _settle(row, entry, number, options, report, seen):
                 report.written += 1
                 written.write(json.dumps(row).encode() + b"\n")
+    if version_of(source) != version:
+        raise _changed(source)
     told = {"sandbox": sandbox_kind(), **report.as_dict()}
     partial_report = output.with_name(f".partial-{output.name}.report")
     record = {"made_from": made_from, "sha256": sha256_of(partial), "report": told}

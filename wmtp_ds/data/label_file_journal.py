@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ class Journal:
     Args:
         output: the file that is to be.
         made_from: all that decides what comes of a row; what is there from something else is thrown away.
+        is_entry: whether an object is an entry; from the first line that is none, all is thrown away.
 
     Attributes:
         entries: how many rows are in it.
@@ -26,7 +27,13 @@ class Journal:
         RunError: writing failed.
     """
 
-    def __init__(self, output: Path, made_from: Mapping[str, Any]):
+    def __init__(
+        self,
+        output: Path,
+        made_from: Mapping[str, Any],
+        is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True,
+    ):
+        self._is_entry = is_entry
         self.path = output.with_name(f".partial-{output.name}.journal")
         self.entries = 0
         self._output = output
@@ -67,7 +74,7 @@ class Journal:
         if self._file.readline() == self._first:
             good = len(self._first)
             for line in self._file:
-                if not _is_entry(line):
+                if not self._is_whole(line):
                     break
                 good += len(line)
                 self.entries += 1
@@ -75,6 +82,13 @@ class Journal:
         if not good:
             self._file.write(self._first)
             self._file.flush()
+
+    def _is_whole(self, line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return line.endswith(b"\n") and isinstance(entry, dict) and self._is_entry(entry)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Enter what came of the next row."""
@@ -91,10 +105,3 @@ class Journal:
     def remove(self) -> None:
         """The work is done."""
         self.path.unlink(missing_ok=True)
-
-
-def _is_entry(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False

@@ -10,9 +10,10 @@ from typing import Any
 
 from wmtp_ds.data.labels import FunctionTests, StdioTests, Tests, plan_checks
 from wmtp_ds.data.labels_output import Comparison
-from wmtp_ds.data.rows import decode_object, read_lines
+from wmtp_ds.data.rows import check_pairs, decode_object, read_lines
 from wmtp_ds.data.sandbox import FunctionRun, Limits, run_job
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 
 PROBLEMS = "problems.jsonl"
 PYTHON = frozenset(("python", "python3", "py", "py3"))
@@ -89,7 +90,7 @@ class ProblemFile:
         self.path = path
         self._places: dict[str, tuple[int, int, int]] = {}  # id -> offset, size, line
         try:
-            with path.open("rb") as handle:
+            with open_file(path) as handle:
                 for offset, number, line in read_lines(handle, path):
                     if line.strip():
                         self._enter(line, offset, number)
@@ -100,7 +101,10 @@ class ProblemFile:
 
     def _enter(self, line: bytes, offset: int, number: int) -> None:
         where = f"{self.path}:{number}"
-        own_id = decode_object(line, where).get("problem_id")
+        problem = decode_object(line, where)
+        if b"\\u" in line:
+            check_pairs(problem, where)
+        own_id = problem.get("problem_id")
         if not isinstance(own_id, str) or not own_id.strip():
             raise UserError(f'{where}: "problem_id" must be a text that is not empty')
         if own_id in self._places:

@@ -5,7 +5,6 @@ rows. MBPP has no difficulty: problems get 1 to 11 by the quantile of their refe
 characters as it is written out; the boundaries are those of the training problems.
 """
 
-import json
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ from wmtp_ds.data.import_folder import ImportFolder, finished_import
 from wmtp_ds.data.labelled_rows import Report, Source, labelled_rows, prompt_input
 from wmtp_ds.data.labels import FunctionTests, plan_checks
 from wmtp_ds.data.mutate import normalise
-from wmtp_ds.data.rows import read_lines
+from wmtp_ds.data.rows import check_pairs, decode_object, read_lines
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 
 DIFFICULTIES = 11
 LIMITS = Limits(cpu_seconds=1.0)
@@ -49,7 +49,7 @@ def read_mbpp(path: Path) -> list[Task]:
     tasks: list[Task] = []
     lines: dict[str, int] = {}
     try:
-        with path.open("rb") as handle:
+        with open_file(path) as handle:
             for _, number, line in read_lines(handle, path):
                 if not line.strip():
                     continue
@@ -70,14 +70,8 @@ def read_mbpp(path: Path) -> list[Task]:
 
 
 def _parse(line: bytes, where: str) -> Task:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}: write one complete JSON object a line") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: must be a JSON object such as {_EXAMPLE}")
+    found = decode_object(line, where)
+    check_pairs(found, where)
     text = found.get("text", found.get("prompt"))
     for key, value in (("text", text), ("code", found.get("code"))):
         if not isinstance(value, str) or not value.strip():

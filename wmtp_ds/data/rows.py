@@ -6,12 +6,15 @@ tokenizer.
 
 import difflib
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import twice
 
 UNKNOWN_DIFFICULTY = 0
 MAX_DIFFICULTY = 2**31 - 1  # what an index column holds
@@ -46,8 +49,7 @@ class _DuplicateKeyError(ValueError):
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+        raise _DuplicateKeyError(twice([key for key, _ in pairs]))
     return found
 
 
@@ -55,7 +57,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # which would be written out again as no JSON
+        raise ValueError(f"{text[:20]} is beyond all numbers")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def parse_row(line: bytes, path: str | Path, line_number: int) -> Row:
@@ -86,6 +95,8 @@ def parse_row(line: bytes, path: str | Path, line_number: int) -> Row:
             f'{where}: "is_correct" must be true or false, not {_show(found["is_correct"])}: write true where '
             "the solution passed its tests, without quotes"
         )
+    if b"\\u" in line:
+        check_pairs(found.get("metadata"), f'{where}: "metadata"')
     return Row(
         problem_id=found["problem_id"],
         instruction=found["instruction"],
@@ -101,10 +112,12 @@ def read_lines(handle: BinaryIO, path: str | Path) -> Iterator[tuple[int, int, b
     """Yield ``(offset, line number, line)`` of every line of an open file: bytes from its start, counted from 1.
 
     Raises:
-        UserError: a line is longer than ``MAX_LINE_BYTES``, so this is no JSONL file.
+        UserError: a line is longer than ``MAX_LINE_BYTES``, so this is no JSONL file; or, at the end, somebody has
+            written to the file meanwhile.
     """
     offset = 0
     line_number = 0
+    before = _version_of(handle)
     while line := handle.readline(MAX_LINE_BYTES + 1):
         line_number += 1
         if len(line) > MAX_LINE_BYTES:
@@ -114,6 +127,17 @@ def read_lines(handle: BinaryIO, path: str | Path) -> Iterator[tuple[int, int, b
             )
         yield offset, line_number, line
         offset += len(line)
+    if _version_of(handle) != before:
+        raise UserError(f"{path}: the file is still being written: wait until that is done, then start again")
+
+
+def _version_of(handle: BinaryIO) -> tuple[int, int]:
+    """Size and time of change of an open file; of what is none, always the same."""
+    try:
+        status = os.fstat(handle.fileno())
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def decode_object(line: bytes, where: str) -> dict[str, Any]:
@@ -149,6 +173,21 @@ def decode_object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{where}: must be a JSON object {{...}}, not {_show(found)}")
     return found
+
+
+def check_pairs(value: Any, where: str) -> None:
+    """Check that all texts in an object can be encoded.
+
+    Raises:
+        UserError: one holds half a surrogate pair, which JSON can write and nothing else.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text: escape the whole pair, or "
+            "write the character itself"
+        ) from None
 
 
 def _refuse_unknown_key(found: dict[str, Any], where: str) -> NoReturn:

@@ -1,6 +1,5 @@
 """The sample data set: generated problems with correct solutions and mutants, every label earned by running."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -13,6 +12,7 @@ from wmtp_ds.data.labels import FunctionTests
 from wmtp_ds.data.problems import DIFFICULTIES, TESTS, Problem, generate_problems
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import read_json
 
 DEFAULT_PROBLEMS = 440
 MIN_PROBLEMS = 2 * len(DIFFICULTIES)  # so that each difficulty occurs in training and in validation
@@ -49,7 +49,7 @@ def _validation_ids(problems: list[Problem], seed: int) -> set[str]:
 def _is_sample(output: Path) -> bool:
     """Whether the folder holds sample data, which is made again where other options or other code ask for it."""
     try:
-        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(output / MANIFEST)
         return bool(manifest["made_from"]["command"] == "data sample")
     except (OSError, ValueError, KeyError, TypeError):
         return False

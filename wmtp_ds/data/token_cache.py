@@ -37,6 +37,7 @@ from wmtp_ds.data.index import DataIndex
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import Template
 from wmtp_ds.data.text_encoder import Pair, TextEncoder, encode_rows
+from wmtp_ds.files import read_json
 
 FORMAT = 1  # raise it whenever the files or their meaning change
 HEADER = "header.json"
@@ -66,7 +67,7 @@ class TokenCache:
             OSError: there is none, or it cannot be read.
             ValueError: it is damaged; says how.
         """
-        header = json.loads((folder / HEADER).read_bytes())
+        header = read_json(folder / HEADER)
         for name in _FILES:
             size, expected = (folder / name).stat().st_size, header["files"][name]["bytes"]
             if size != expected:

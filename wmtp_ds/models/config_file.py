@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +23,12 @@ def read_json_object(file: Path, lack: str) -> dict[str, Any]:
         UserError: if it is missing, damaged, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: {lack}") from None
     except PermissionError as error:
         raise UserError(f"{file} may not be read: {error.strerror}. Check its permissions.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error}. Copy the model again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object. Copy the model again.")
@@ -41,6 +42,31 @@ def read_config_fields(folder: Path) -> dict[str, Any]:
         UserError: if it is missing or damaged.
     """
     return read_json_object(folder / "config.json", f"{folder} is not a model folder.")
+
+
+# What transformers itself has. It takes any other name for that of a program on the hub, to be fetched and run.
+_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+def refuse_foreign_code(fields: dict[str, Any], file: Path) -> None:
+    """Drop what a config.json says of code in its folder (``auto_map``), which is never run.
+
+    Raises:
+        UserError: it asks for code from elsewhere.
+    """
+    fields.pop("auto_map", None)
+    tables = [fields]
+    for table in tables:
+        tables += [value for value in table.values() if isinstance(value, dict)]
+        for name in _CODE:
+            wanted = table.get(name)
+            for value in wanted.values() if isinstance(wanted, dict) else [wanted]:
+                if value is not None and value not in _ATTENTION:
+                    raise UserError(
+                        f"{file}: {name} is {value!r}, which transformers would fetch from elsewhere and run; code of "
+                        f"others is not run here. Remove it, or write one of {', '.join(_ATTENTION[:4])}."
+                    )
 
 
 def write_config(folder: Path, config: "LlamaConfig", dtype: "torch.dtype") -> None:

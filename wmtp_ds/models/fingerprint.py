@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.files import write_atomically
+from wmtp_ds.files import open_file, read_json, write_atomically
 from wmtp_ds.models.config_file import read_config_fields
 
 FILE_NAME = "trunk_fingerprint.json"
 _READ_BYTES = 1 << 22
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
 # Bits of one element, by safetensors' names of dtypes.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -71,10 +72,10 @@ def shards_of(index: Path) -> list[Path]:
         UserError: if it is damaged, or names anything but files beside it.
     """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if outside := [name for name in names if Path(name).name != name]:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name or name in ("", "..") or "\0" in name]:
             raise ValueError(f"{outside[0]!r} is no file beside it")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is damaged: {error}. Copy the model again.") from None
     return [index.with_name(name) for name in names]
 
@@ -82,10 +83,12 @@ def shards_of(index: Path) -> list[Path]:
 def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("its header is longer than the file")
+            if length > _LONGEST_HEADER:
+                raise ValueError("its header is longer than safetensors allows")
             header = json.loads(stream.read(length))
         return _laid_out(file, header, 8 + length, size)
     except OSError as error:
@@ -123,7 +126,7 @@ def _laid_out(file: Path, header: Any, start: int, size: int) -> dict[str, Store
             bits, shape, (first, last) = _BITS[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"its header does not say dtype, shape and place of tensor {name}") from None
-        if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+        if len(shape) > 16 or any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, first, last)):
             raise ValueError(f"its header gives tensor {name} an impossible shape or place")
         if start + last > size:
             raise ValueError(f"it ends within tensor {name}")
@@ -219,7 +222,7 @@ def write_trunk_fingerprint(folder: Path, fingerprint: str) -> None:
 def read_trunk_fingerprint(folder: Path) -> str | None:
     """The stored fingerprint of a model folder; None if there is none."""
     try:
-        fingerprint = json.loads((folder / FILE_NAME).read_text())["sha256"]
+        fingerprint = read_json(folder / FILE_NAME)["sha256"]
         if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
             raise ValueError("it holds no SHA-256")
         return fingerprint

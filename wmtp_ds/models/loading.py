@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.config_file import read_config_fields
+from wmtp_ds.models.config_file import read_config_fields, refuse_foreign_code
 from wmtp_ds.models.fingerprint import StoredTensor, numbers_of, stored_tensors
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
@@ -72,12 +72,13 @@ def read_llama_config(folder: Path, n_future_tokens: int | None = None) -> Llama
         raise UserError(
             f"{file}: model_type is {fields.get('model_type')!r}; only Llama-architecture models work here."
         )
+    refuse_foreign_code(fields, file)
     if n_future_tokens is not None:
         fields["n_future_tokens"] = n_future_tokens
     try:
         return LlamaConfig.from_dict(fields)
     except Exception as error:  # its validation raises exceptions of a dozen kinds
-        raise UserError(f"{file} describes no Llama: {_in_one_line(error)}") from None
+        raise UserError(f"{file} describes no Llama: {in_one_line(error)}") from None
 
 
 def load_policy(
@@ -133,11 +134,14 @@ def check_architecture(folder: Path, n_future_tokens: int | None = None) -> Llam
         with torch.device("meta"), no_init_weights():
             MTPLlamaForCausalLM(config)
     except Exception as error:  # whatever transformers raises for values that do not go together
-        raise UserError(f"{file} describes no model that can be built: {_in_one_line(error)}") from None
+        raise UserError(f"{file} describes no model that can be built: {in_one_line(error)}") from None
     return config
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """What a library's error says; none of its advice to let code of others run."""
+    if "trust_remote_code" in str(error):
+        return "it is made by code in its own folder, and code of others is not run here"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -273,7 +277,7 @@ def load_tokenizer(folder: Path) -> Any:
         kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions, too
-        raise UserError(f"{folder} has no tokenizer that loads: {_in_one_line(error)}") from None
+        raise UserError(f"{folder} has no tokenizer that loads: {in_one_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-text token (eos_token), which solutions must end with."

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import Template
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.config_file import read_config_fields
+from wmtp_ds.models.config_file import read_config_fields, refuse_foreign_code
 from wmtp_ds.models.convert.huggingface import folder_tensors
 from wmtp_ds.models.convert.tensors import LazyTensor
 from wmtp_ds.models.loading import Sharding, Whole
@@ -104,6 +104,7 @@ def read_reward_config(folder: Path) -> Any:
         UserError: if it is missing, damaged, of an architecture without classifier, or has several labels.
     """
     fields, file = read_config_fields(folder), folder / "config.json"
+    refuse_foreign_code(fields, file)
     try:
         config: Any = AutoConfig.for_model(**fields) if "model_type" in fields else None
     except Exception as error:  # its validation raises exceptions of a dozen kinds
@@ -139,7 +140,7 @@ def load_reward_model(
     config = read_reward_config(folder)
     stored = _named_as_here(folder_tensors(folder)[0])
     with sharding.construct(), no_init_weights():
-        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
     parameters = dict(classifier.named_parameters())
     _check(folder, parameters, stored, sharding)
     for name, parameter in parameters.items():

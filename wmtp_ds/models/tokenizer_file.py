@@ -1,12 +1,12 @@
 """A tokenizer.json without the library: what each id means, and a fingerprint of that."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import read_json
 
 
 def read_vocabulary(file: Path) -> dict[int, str]:
@@ -16,10 +16,10 @@ def read_vocabulary(file: Path) -> dict[int, str]:
         UserError: if the file is missing or damaged, or holds no vocabulary.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing. Copy the tokenizer again.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}. Copy the tokenizer again.") from None
     tokens = vocabulary_of(content)
     if not tokens:
@@ -37,7 +37,7 @@ def vocabulary_of(content: Any) -> dict[int, str]:
             tokens = {int(index): str(token) for token, index in vocabulary.items()}
         for entry in content.get("added_tokens") or ():
             tokens[int(entry["id"])] = str(entry["content"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
         return {}
     return tokens
 

@@ -36,7 +36,12 @@ def open_gguf(file: Path, tokenizer: Path | None = None) -> Source:
         _check_kind(file, gguf.GGUFReader(file))
         with redirect_stderr(io.StringIO()):  # two bars, of which transformers' own switch turns off but one
             loaded: Any = LlamaForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         model, loading = loaded
         check_is_llama({"model_type": model.config.model_type}, str(file))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.config_file import read_config_fields
+from wmtp_ds.models.config_file import read_config_fields, refuse_foreign_code
 from wmtp_ds.models.convert import safetensors_files
 from wmtp_ds.models.convert.source import Source
 from wmtp_ds.models.convert.tensors import LazyTensor
@@ -25,6 +25,7 @@ def open_folder(folder: Path, tokenizer: Path | None = None) -> Source:
     """
     fields = read_config_fields(folder)
     check_is_llama(fields, str(folder / "config.json"))
+    refuse_foreign_code(fields, folder / "config.json")
     heads = fields.get("n_future_tokens")
     if heads is not None and (type(heads) is not int or heads < 1):
         raise UserError(

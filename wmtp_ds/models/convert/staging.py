@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import nearest_folder, sync, write_atomically
+from wmtp_ds.files import nearest_folder, read_json, sync, write_atomically
 
 _PROGRESS = ".progress.json"
 # What may be replaced with --force: a folder with one of these is a model's.
@@ -79,7 +79,7 @@ class Staging:
 
     def _read_progress(self) -> dict[str, dict[str, str]]:
         try:
-            progress = json.loads((self.folder / _PROGRESS).read_text())
+            progress = read_json(self.folder / _PROGRESS)
             if progress["plan"] != self._plan:
                 return {}
             sizes = {name: entry["size"] for name, entry in progress["files"].items()}
@@ -149,7 +149,7 @@ def check_destination(final: Path, source: Path, *, force: bool) -> None:
     if final.name in ("", ".."):
         raise UserError(f"{final} cannot be made anew. Name the model's own folder, which is made there.")
     try:
-        mine, other = final.resolve(), source.resolve()
+        mine, other = Path(os.path.realpath(final)), Path(os.path.realpath(source))
         partial_of(final).exists()  # a name may be too long, or lead in a circle
     except (OSError, RuntimeError) as error:
         raise UserError(f"{final} cannot be made of {source}: {error}. Name another destination.") from None

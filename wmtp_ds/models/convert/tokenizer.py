@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.config_file import read_json_object
 from wmtp_ds.models.convert.tokenizer_models import PLAIN_CLASS, PROBES, from_tokenizer_model, spaces_as_sentencepiece
-from wmtp_ds.models.loading import load_tokenizer
+from wmtp_ds.models.loading import in_one_line, load_tokenizer
 from wmtp_ds.models.tokenizer_file import read_vocabulary
 
 _COPIED = (
@@ -111,13 +111,15 @@ def write_tokenizer(source: TokenizerSource, folder: Path, fields: dict[str, Any
     except UserError as error:  # what is wrong is wrong in the source
         raise UserError(str(error).replace(str(folder), str(source.path))) from None
     except Exception as error:  # transformers, tokenizers and sentencepiece raise bare Exceptions, too
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"the tokenizer in {source.path} cannot be read: {message}") from None
+        raise UserError(f"the tokenizer in {source.path} cannot be read: {in_one_line(error)}") from None
 
 
 def _make(source: TokenizerSource, fields: dict[str, Any]) -> Any:
     if source.kind == "gguf":
-        tokenizer = AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        # Without a word on code, transformers would ask on the terminal whether that of the folder may run.
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path.parent, gguf_file=source.path.name, local_files_only=True, trust_remote_code=False
+        )
         backend = tokenizer.backend_tokenizer
         if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # which loses a space at the start of a text
             backend.normalizer, backend.pre_tokenizer = spaces_as_sentencepiece(), None

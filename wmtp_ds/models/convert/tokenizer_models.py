@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import read_bytes
 
 # The class that takes tokenizer.json as it stands, under the name that old and new versions of transformers know.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -36,7 +37,7 @@ def from_tokenizer_model(file: Path, vocab_size: int) -> PreTrainedTokenizerFast
     Raises:
         UserError: if it cannot be read, or not so that it gives the same tokens.
     """
-    content = file.read_bytes()
+    content = read_bytes(file)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return from_tiktoken(file, content, vocab_size)
     return from_sentencepiece(file)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import open_file
 from wmtp_ds.models.convert.tensors import LazyTensor, bytes_of, checked_blocks
 from wmtp_ds.models.fingerprint import file_error
 
@@ -89,7 +90,7 @@ class TorchFile:
     def _check(self, verify: bool) -> bool:
         """Whether the file is an archive, whose checksums are right, rather than of the format before that."""
         try:
-            with self.path.open("rb") as stream:
+            with open_file(self.path) as stream:
                 start = stream.read(2)
             if zipfile.is_zipfile(self.path):
                 if verify:
