@@ -1,4 +1,4 @@
-"""500 steps with everything that recurs in a long run: a run holds no more after them than after 100."""
+"""A long run holds no more at its end than at its beginning, with everything in it that recurs."""
 
 import json
 from pathlib import Path
@@ -12,21 +12,24 @@ from wmtp_ds.checkpoint_files import complete_checkpoints
 
 pytestmark = pytest.mark.launch
 
-STEPS, WEIGH_EVERY, SAVE_EVERY = 500, 50, 60
+# Of the long version in tests/soak: weighed after the first number and the second.
+LONG = (100, 500)
+SHORT = (60, 180)
 
 
-def job(root: Path, stage: str, steps: int = STEPS) -> dict:
+def job(root: Path, stage: str, steps: tuple[int, int]) -> dict:
     """Epochs of 24 steps, with tracking, evaluations, exports of the best and checkpoints all along."""
+    early, late = steps
     override = [
         f'checkpoint.save_dir="checkpoints/growth-{stage}"',
-        f"training.max_steps={steps}",
+        f"training.max_steps={late}",
         "training.n_epochs=1000.0",
         "data_sampling.n_samples=24",
         "training.batch_size=1",
         "training.gradient_accumulation_steps=1",
         "training.log_interval=5",
-        "training.eval_interval=40",
-        f"checkpoint.save_checkpoint_every={SAVE_EVERY / 24}",
+        f"training.eval_interval={early // 3}",
+        f"checkpoint.save_checkpoint_every={early / 2 / 24}",
         "checkpoint.save_total_limit=2",
         "early_stopping.enabled=true",
         "early_stopping.patience=100000",
@@ -38,29 +41,30 @@ def job(root: Path, stage: str, steps: int = STEPS) -> dict:
     if stage == "verifiable":
         override.append(f"experiment.critic_checkpoint={json.dumps(str(make_critic(root)))}")
     config = f"stage_configs/local/{stage}.toml"
-    return {"stage": stage, "config": config, "override": override, "weigh_every": WEIGH_EVERY}
+    return {"stage": stage, "config": config, "override": override, "weigh_every": early // 2}
 
 
-def weigh(root: Path, stages: tuple[str, ...], ranks: int) -> dict[tuple[str, int], dict[int, dict[str, int]]]:
+def weigh(
+    root: Path, stages: tuple[str, ...], ranks: int, steps: tuple[int, int]
+) -> dict[tuple[str, int], dict[int, dict[str, int]]]:
     """(stage, rank) -> step -> what the rank held after it; each stage has its own processes."""
     found = {}
     for stage in stages:
         file = root / f"growth-{stage}-{ranks}.json"
-        file.write_text(json.dumps([job(root, stage)]))
+        file.write_text(json.dumps([job(root, stage, steps)]))
         done = run_ranks(Path(__file__).with_name("growth_driver.py"), [str(file)], ranks, root, timeout=3000)
         assert done.returncode == 0, done.stdout
         folder = root / f"checkpoints/growth-{stage}"
-        assert [path.name for path in complete_checkpoints(folder)] == ["step_00000480", "step_00000500"]
+        assert len(complete_checkpoints(folder)) == 2
         for rank in range(ranks):
             lines = map(json.loads, (folder / f"held-{rank}.jsonl").read_text().splitlines())
             found[stage, rank] = {held["step"]: held for held in lines}
     return found
 
 
-def check(held: dict[int, dict[str, int]]) -> None:
-    """Within 2 % of memory, and no more of anything else, from step 100 to 500."""
-    assert sorted(held) == list(range(WEIGH_EVERY, STEPS + 1, WEIGH_EVERY))
-    early, late = held[100], held[STEPS]
+def check(held: dict[int, dict[str, int]], steps: tuple[int, int]) -> None:
+    """Within 2 % of memory, and no more of anything else."""
+    early, late = (held[step] for step in steps)
     assert late["rss"] < 1.02 * early["rss"], held
     for name in ("files", "threads", "children"):
         # What happens to be open at a moment differs; what is never closed grows with every checkpoint.
@@ -68,5 +72,5 @@ def check(held: dict[int, dict[str, int]]) -> None:
 
 
 def test_a_long_run_does_not_grow(workspace: Path) -> None:
-    for held in weigh(workspace, ("rho1",), 1).values():
-        check(held)
+    for held in weigh(workspace, ("rho1",), 1, SHORT).values():
+        check(held, SHORT)

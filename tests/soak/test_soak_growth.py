@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from test_launch_growth import STEPS, check, weigh
+from test_launch_growth import LONG, check, weigh
 
 pytestmark = [pytest.mark.soak, pytest.mark.launch]
 
 
 def test_no_stage_grows_on_two_ranks(workspace: Path) -> None:
-    found = weigh(workspace, ("baseline", "critic", "verifiable", "rho1"), 2)
+    found = weigh(workspace, ("baseline", "critic", "verifiable", "rho1"), 2, LONG)
     for (stage, rank), held in found.items():
-        growth = held[STEPS]["rss"] / held[100]["rss"] - 1
-        print(json.dumps({"stage": stage, "rank": rank, "growth": round(growth, 4), **held[STEPS]}))
-        check(held)
+        early, late = (held[step] for step in LONG)
+        print(json.dumps({"stage": stage, "rank": rank, "growth": round(late["rss"] / early["rss"] - 1, 4), **late}))
+        check(held, LONG)

@@ -231,7 +231,7 @@ class MlflowConfig(Table):
     tracking_uri: str = Field(default="sqlite:///mlflow.db", description="MLflow's store; '' turns tracking off")
     experiment: Text = Field(default="wmtp-ds", description="MLflow's experiment")
     s3_artifacts: Annotated[str, StringConstraints(pattern=r"^(s3://[^/\s@]+(/[^\s@]*)?)?$")] = Field(
-        default="", description="s3://bucket/prefix for the experiment's artifacts; '' leaves it to MLflow"
+        default="", description="s3://bucket/prefix, without credentials, for artifacts; '' leaves it to MLflow"
     )
     parent_run_id: str = Field(default="", description="MLflow run under which this one is nested; '' for none")
 

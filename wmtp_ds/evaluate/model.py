@@ -8,7 +8,6 @@ import torch
 
 from wmtp_ds.checkpoint_files import complete_checkpoints, is_complete, step_of, verify_manifest
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.layouts import tell_layout
 from wmtp_ds.models.loading import load_policy, load_tokenizer, read_llama_config
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.run_summary import BEST, FINAL, read_summary
@@ -27,6 +26,11 @@ class Place:
 
     folder: Path
     run: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the run, or of the folder."""
+        return (self.run or self.folder).resolve().name
 
     @property
     def tracked_run(self) -> str | None:
@@ -56,7 +60,7 @@ def find_model(path: Path) -> Place:
         if complete_checkpoints(path):
             raise UserError(_checkpoint_hint(complete_checkpoints(path)[-1]))
         raise UserError(f"{path} holds no model: neither config.json, nor an export ({BEST}, {FINAL})")
-    if tell_layout(path) == "meta":
+    if not (path / "config.json").exists():
         raise UserError(f"{path} is in Meta's layout: wmtp-ds model import {path} DEST, and evaluate that")
     run = path.parent if path.name in (BEST, FINAL) else None
     return Place(path, run)
@@ -70,6 +74,19 @@ def _checkpoint_hint(folder: Path) -> str:
         f"{folder} is a checkpoint to resume from, in shards of its ranks. Evaluate an export of the run "
         f"({folder.parent / BEST} or {FINAL}), or write one from it: wmtp-ds checkpoint export {folder} DEST"
     )
+
+
+def check_heads(place: Place) -> None:
+    """There are extra heads to draft with.
+
+    Raises:
+        UserError: there are none.
+    """
+    if (getattr(read_llama_config(place.folder), "n_future_tokens", None) or 1) < 2:
+        raise UserError(
+            f"--decode self-speculative drafts with extra heads, and {place.folder} has none: take --decode plain, or "
+            "a model that was trained to predict several tokens"
+        )
 
 
 def load_model(place: Place, *, device: torch.device, dtype: str | None = None) -> tuple[MTPLlamaForCausalLM, Any]:

@@ -57,6 +57,10 @@ class ProblemSet:
     problems: list[Problem]
     left_out: dict[str, int]
 
+    def first(self, count: int) -> "ProblemSet":
+        """The first problems alone."""
+        return replace(self, problems=self.problems[:count])
+
 
 def read_problems(named: str, limits: Limits | None = None) -> ProblemSet:
     """The problems that ``--problems`` names.

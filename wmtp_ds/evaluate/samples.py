@@ -1,7 +1,6 @@
 """Samples of a model on problems, written down one by one, so that a run that was cut short goes on."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from wmtp_ds.evaluate.answers import completed, cut_completion, is_over, program
 from wmtp_ds.evaluate.problems import Problem
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
+SAMPLES = "samples"
 # The function's beginning is the prompt itself, for models that were not taught to follow instructions.
 COMPLETION = "completion"
 
@@ -122,63 +122,82 @@ class Prompter:
         )
 
 
+class SampleFiles:
+    """Samples on the disk while a run draws them: a journal for each of the processes that do.
+
+    Args:
+        folder: of the evaluation.
+        made_from: all that decides the samples, plain JSON; journals of something else begin anew.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any]):
+        self._folder = folder
+        self._made_from = made_from
+
+    def journal(self, process: int) -> Journal:
+        """That of one process, by number."""
+        return Journal(self._folder / f"{SAMPLES}-{process}", self._made_from, _is_sample)
+
+    def known(self) -> dict[tuple[str, int], Sample]:
+        """All samples that there are, by problem and number.
+
+        Raises:
+            UserError: another process writes them.
+        """
+        found: dict[tuple[str, int], Sample] = {}
+        for path in sorted(self._folder.glob(f".partial-{SAMPLES}-*.journal")):
+            number = path.name.removeprefix(f".partial-{SAMPLES}-").removesuffix(".journal")
+            if number.isdecimal():
+                with self.journal(int(number)) as journal:
+                    for sample in map(Sample.of, journal):
+                        found[sample.problem_id, sample.number] = sample
+        return found
+
+    def remove(self) -> None:
+        """The evaluation is done."""
+        for path in self._folder.glob(f".partial-{SAMPLES}-*.journal"):
+            path.unlink(missing_ok=True)
+
+
+def _is_sample(entry: Mapping[str, Any]) -> bool:
+    kinds = {"problem_id": str, "number": int, "text": str, "program": str, "tokens": int, "passes": int, "ended": bool}
+    return entry.keys() == kinds.keys() and all(type(entry[name]) is kind for name, kind in kinds.items())
+
+
 def draw_samples(
     policy: MTPLlamaForCausalLM,
     prompter: Prompter,
-    problems: Sequence[Problem],
+    wanted: Sequence[tuple[Problem, int]],
     options: SampleOptions,
-    file: Path,
-    made_from: Mapping[str, Any],
-    *,
-    shard: tuple[int, int] = (0, 1),
+    journal: Journal,
     on_done: Callable[[int], None] = lambda count: None,
-) -> list[Sample]:
-    """Draw the samples that a file lacks, and return all.
+) -> None:
+    """Draw samples, and enter each in a journal as soon as it is done.
 
     Args:
         policy: see `wmtp_ds.decoding.generate`.
         prompter: of its tokenizer.
-        problems: what to answer.
+        wanted: problems, and the number of the sample.
         options: how.
-        file: samples are written there as they come; with another ``made_from`` it begins anew.
-        made_from: all that decides the samples; plain JSON.
-        shard: of all samples those with a number of this remainder: (remainder, divisor).
-        on_done: called with how many are done since the last call, those in the file included.
-
-    Raises:
-        UserError: another process writes the file, or it cannot be written.
+        journal: entered.
+        on_done: called with how many are done since the last call.
     """
-    remainder, divisor = shard
-    wanted = [(problem, number) for problem in problems for number in range(options.n_samples)][remainder::divisor]
-    with Journal(file, made_from) as journal:
-        found = {(sample.problem_id, sample.number): sample for sample in map(Sample.of, journal)}
-        on_done(len(found))
-        missing = [pair for pair in wanted if (pair[0].problem_id, pair[1]) not in found]
+    prompts: dict[str, list[int]] = {}
+    for problem, _ in wanted:
+        if problem.problem_id not in prompts:
+            prompts[problem.problem_id] = prompter.tokens(problem)
 
-        def enter(place: int, completion: Completion) -> None:
-            sample = prompter.sample(*missing[place], completion)
-            journal.append(asdict(sample))
-            found[sample.problem_id, sample.number] = sample
-            on_done(1)
+    def enter(place: int, completion: Completion) -> None:
+        journal.append(asdict(prompter.sample(*wanted[place], completion)))
+        on_done(1)
 
-        prompts = {id(problem): prompter.tokens(problem) for problem, _ in missing}
-        generate(
-            policy,
-            [prompts[id(problem)] for problem, _ in missing],
-            Limits(
-                options.max_new_tokens, prompter.end_ids, prompter.is_over if options.prompt == COMPLETION else None
-            ),
-            options.sampling,
-            streams=[stream_of(problem.problem_id, number) for problem, number in missing],
-            speculative=options.speculative,
-            batch_size=options.batch_size,
-            on_done=enter,
-        )
-    return [found[problem.problem_id, number] for problem, number in wanted]
-
-
-def write_lines(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or not at all."""
-    from wmtp_ds.files import write_atomically
-
-    write_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
+    generate(
+        policy,
+        [prompts[problem.problem_id] for problem, _ in wanted],
+        Limits(options.max_new_tokens, prompter.end_ids, prompter.is_over if options.prompt == COMPLETION else None),
+        options.sampling,
+        streams=[stream_of(problem.problem_id, number) for problem, number in wanted],
+        speculative=options.speculative,
+        batch_size=options.batch_size,
+        on_done=enter,
+    )

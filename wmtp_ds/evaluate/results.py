@@ -1,7 +1,6 @@
 """A model on problems: samples, what running them shows, and the figures."""
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from wmtp_ds.evaluate.answers import same_text
 from wmtp_ds.evaluate.estimator import bootstrap_interval, pass_at_k
 from wmtp_ds.evaluate.problems import Problem
 from wmtp_ds.evaluate.samples import Sample
+from wmtp_ds.files import write_atomically
 
-SAMPLES, VERDICTS, RESULTS, SUMMARY_FILE = "samples.jsonl", "verdicts.jsonl", "results.jsonl", "summary.json"
+_AT_ONCE = 64  # programs between two entries in the journal
+VERDICTS, RESULTS, SUMMARY = "verdicts", "results.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Result:
 def judge(
     problems: Sequence[Problem],
     samples: Sequence[Sample],
-    file: Path,
+    folder: Path,
     made_from: Mapping[str, Any],
     *,
     workers: int | None = None,
@@ -68,7 +69,7 @@ def judge(
     Args:
         problems: each with its samples among ``samples``.
         samples: what the model wrote.
-        file: verdicts are written there as they come.
+        folder: of the evaluation; a journal in it has the verdicts as they come.
         made_from: all that decides them.
         workers: sandboxes at a time; by default one a CPU.
         on_done: called with how many samples are done since the last call.
@@ -83,7 +84,7 @@ def judge(
     for sample in samples:
         counts[sample.problem_id, sample.program] = counts.get((sample.problem_id, sample.program), 0) + 1
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    with Journal(file, made_from) as journal:
+    with Journal(folder / VERDICTS, made_from, _is_verdict) as journal:
         for entry in journal:
             key = (entry["problem_id"], entry["program"])
             if key in counts and key not in found:
@@ -102,7 +103,9 @@ def judge(
     return results
 
 
-_AT_ONCE = 64  # programs between two entries in the journal
+def _is_verdict(entry: Mapping[str, Any]) -> bool:
+    names = ("problem_id", "program", "verdict", "evidence")
+    return all(isinstance(entry.get(name), str) for name in names)
 
 
 def _run(keys: Sequence[tuple[str, str]], problems: Mapping[str, Problem], workers: int | None) -> list[Label]:
@@ -141,20 +144,6 @@ def summarise(results: Sequence[Result], ks: Sequence[int], seed: int = 0) -> di
 
 def write_results(folder: Path, results: Sequence[Result], ks: Sequence[int], summary: Mapping[str, Any]) -> None:
     """results.jsonl, a line a problem, and summary.json."""
-    from wmtp_ds.files import write_atomically
-
     lines = [json.dumps(result.record(ks)) + "\n" for result in results]
     write_atomically(folder / RESULTS, "".join(lines))
-    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-
-
-class Stopwatch:
-    """Seconds of a block."""
-
-    def __enter__(self) -> "Stopwatch":
-        self._began = time.monotonic()
-        self.seconds = 0.0
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.monotonic() - self._began
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
