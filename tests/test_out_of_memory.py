@@ -101,7 +101,7 @@ def test_a_run_says_so(monkeypatch):
 
     resolved = load_config(Path("stage_configs/local/baseline.toml"), ['mlflow.tracking_uri=""'])
     monkeypatch.setattr(wmtp_ds.train, "fill_rewards", fail)
-    monkeypatch.setattr(wmtp_ds.train.engine, "start", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(wmtp_ds.train.engine, "start", lambda *_: torch.device("cpu"))
     with pytest.raises(RunError, match="out of memory on the CPU") as raised:
         wmtp_ds.train.train(resolved)
     assert "training.gradient_checkpointing" in str(raised.value)

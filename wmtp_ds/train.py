@@ -414,6 +414,8 @@ class Training:
 
     def _finish(self) -> None:
         """The final export, the picture, and what the run's folder says of it."""
+        if self.tracker is not None:
+            self.tracker.wait_for_run_id()  # which the export names; a run of seconds may end before it is known
         if self.config.checkpoint.save_final:
             self._export(FINAL)
         if not self.main or self.tracker is None:
@@ -429,7 +431,7 @@ class Training:
         picture = self.folder.root / "loss.png"
         plot_losses({self.config.experiment.stage: self.folder.root / METRICS_FILE}, picture)
         self.tracker.log_artifact(picture, "plots")
-        # The picture and the best checkpoint are sent while the tracker finishes; the run's id is known by now.
+        # The picture and the best checkpoint are sent while the tracker finishes.
         write_summary(
             self.folder.root,
             completed=True,
@@ -444,7 +446,7 @@ class Training:
             data_wait=progress.waited / max(progress.seconds, 1e-9),
             padding=1 - progress.tokens / max(progress.places, 1.0),
             config_hash=self.resolved.hash(),
-            mlflow_run_id=self.tracker.wait_for_run_id(),
+            mlflow_run_id=self.tracker.run_id,
             skipped_steps=self.engine.skipped_steps,
             passed_over_steps=self.guard.passed_over,
             truncated_prompts=self.data.collator.truncated,

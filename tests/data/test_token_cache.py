@@ -312,10 +312,15 @@ def test_a_read_only_folder_is_a_warning(index, encoder, tmp_path, caplog):
 
 
 def test_a_ready_cache_in_a_read_only_folder_is_used(cache, index, encoder, tmp_path, caplog, monkeypatch):
+    opened = os.open
+
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(token_cache.os, "open", refuse)
+    def read_only(path, flags, *args, **options):
+        return refuse() if flags & (os.O_WRONLY | os.O_RDWR) else opened(path, flags, *args, **options)
+
+    monkeypatch.setattr(token_cache.os, "open", read_only)
     monkeypatch.setattr(token_cache.tempfile, "mkdtemp", refuse)
     caplog.clear()
     assert content(open_token_cache(index, encoder, plain, tmp_path / "cache")) == content(cache)

@@ -12,7 +12,9 @@ from kill_soak import make_critic, metrics, plain, same
 from safetensors.torch import load_file
 from test_launch_parity import start
 
+from wmtp_ds.checkpoint_export import export_checkpoint
 from wmtp_ds.config import load_config
+from wmtp_ds.errors import UserError
 from wmtp_ds.optimization import lr_schedule
 from wmtp_ds.run_data import open_data
 
@@ -126,6 +128,26 @@ def test_exports(trained: Path, stage: str) -> None:
     assert files
     for file in files:
         same(load_file(trained / f"{stage}-resumed" / "checkpoint_final" / file.name), load_file(file), file.name)
+
+
+@pytest.mark.parametrize("stage", ["critic", "verifiable"])
+def test_a_checkpoint_becomes_the_export_that_the_run_has_written(
+    trained: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.parent)
+    run = trained / f"{stage}-straight"
+    exported = export_checkpoint(run / f"step_{STEPS:08d}", trained / f"{stage}-exported")
+    expected = run / "checkpoint_final"
+    assert {path.name for path in exported.iterdir()} == {path.name for path in expected.iterdir()}
+    for file in sorted(expected.glob("*.safetensors")):
+        same(load_file(exported / file.name), load_file(file), file.name)
+    for name in ("config.json", "tokenizer.json", "trunk_fingerprint.json", "config.toml"):
+        if (expected / name).exists():
+            assert (exported / name).read_bytes() == (expected / name).read_bytes(), name
+    with pytest.raises(UserError, match="is there already"):
+        export_checkpoint(run / f"step_{STEPS:08d}", exported)
+    with pytest.raises(UserError, match="it is no export"):
+        export_checkpoint(run / f"step_{STEPS:08d}", run)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -30,8 +30,8 @@ def critic(tmp_path):
     """A ``checkpoint_best`` as a critic exports it."""
     tensors = {"norm.weight": torch.ones(4), "output.weight": torch.rand(1, 4), "output.bias": torch.zeros(1)}
     facts = {"hidden_size": 4, "type": "linear", "activation": "sigmoid", "trunk_fingerprint": "ab"}
-    save_value_head(tmp_path / "checkpoint_best" / "value_head.safetensors", tensors, **facts)
-    return tmp_path / "checkpoint_best"
+    save_value_head(tmp_path / "run" / "checkpoint_best" / "value_head.safetensors", tensors, **facts)
+    return tmp_path / "run" / "checkpoint_best"
 
 
 def train(config, run_dir, critic):

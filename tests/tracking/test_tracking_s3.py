@@ -69,9 +69,9 @@ def critic(tmp_path):
     """A ``checkpoint_best`` as a critic exports it."""
     tensors = {"norm.weight": torch.ones(4), "output.weight": torch.rand(1, 4), "output.bias": torch.zeros(1)}
     facts = {"hidden_size": 4, "type": "linear", "activation": "sigmoid", "trunk_fingerprint": "ab"}
-    save_value_head(tmp_path / "checkpoint_best" / "value_head.safetensors", tensors, **facts)
-    (tmp_path / "checkpoint_best" / "metrics.json").write_text("{}")
-    return tmp_path / "checkpoint_best"
+    save_value_head(tmp_path / "run" / "checkpoint_best" / "value_head.safetensors", tensors, **facts)
+    (tmp_path / "run" / "checkpoint_best" / "metrics.json").write_text("{}")
+    return tmp_path / "run" / "checkpoint_best"
 
 
 def train(config, run_dir, critic, timeout=30.0):
@@ -98,7 +98,7 @@ def test_the_critic_goes_to_the_bucket_and_to_the_next_stage(
         found = locate_critic(uri, tracking_uri=server, cache_dir=tmp_path / f"cache{number}")
         assert torch.equal(load_value_head(found).state_dict["output.weight"], weights)
         assert [path.name for path in found.parent.parent.rglob("*") if path.is_file()] == ["value_head.safetensors"]
-    kept = "".join(path.read_text() for path in (tmp_path / "run").iterdir())
+    kept = "".join(path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file())
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("wmtp_ds"))
     told = kept + ours + str(mlflow_client.connect(server).get_run(tracker.run_id).to_dictionary())
     assert SECRET not in told
@@ -178,7 +178,7 @@ def test_a_bucket_that_does_not_answer_holds_up_no_process(config, bucket, criti
 
         def work():
             tracker = start_tracking(config, run_name="r", run_dir=Path(root, "run"), tags={}, params={})
-            tracker.log_artifact(Path(root, "checkpoint_best"), "checkpoints")
+            tracker.log_artifact(Path(root, "run", "checkpoint_best"), "checkpoints")
             dead.accept()  # the upload has begun
             begin = time.monotonic()
             assert not tracker.finish("KILLED", timeout=1)

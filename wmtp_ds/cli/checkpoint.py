@@ -13,7 +13,7 @@ _PATH = click.Path(path_type=Path, exists=True, file_okay=False)
 
 @click.group(epilog="Example: wmtp-ds checkpoint list checkpoints")
 def checkpoint() -> None:
-    """List, verify and prune the checkpoints of runs."""
+    """List, verify, export and prune the checkpoints of runs."""
 
 
 @checkpoint.command("list", epilog="Example: wmtp-ds checkpoint list checkpoints/critic")
@@ -62,6 +62,17 @@ def verify(path: Path, as_json: bool) -> int:
         for item in found:
             click.echo(f"{item.folder}: {'sound' if item.problem is None else f'{item.state}: {item.problem}'}")
     return int(any(item.problem is not None for item in found))
+
+
+@checkpoint.command(epilog="Example: wmtp-ds checkpoint export checkpoints/rho1/step_00000500 exported")
+@click.argument("source", metavar="CHECKPOINT", type=_PATH)
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace an export at DEST.")
+def export(source: Path, dest: Path, force: bool) -> None:
+    """Write CHECKPOINT, which is to resume from, as a model at DEST: what the run would have exported at that step."""
+    from wmtp_ds.checkpoint_export import export_checkpoint
+
+    click.echo(str(export_checkpoint(source, dest, force=force)))
 
 
 @checkpoint.command(epilog="Example: wmtp-ds checkpoint prune checkpoints/critic --keep 1 --dry-run")

@@ -342,6 +342,7 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch, kind):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
+    monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(
         UserError, match=r"model\.safetensors may not be read: Permission denied\. Check its permissions"
