@@ -18,7 +18,7 @@ RESEEDED = ("baseline", "critic")  # by permutations, and by drawing
 
 def job(root: Path, stage: str, folder: str, seed: int) -> dict:
     override = [
-        f'checkpoint.save_dir="checkpoints/{stage}-{folder}"',
+        f'checkpoint.save_dir="determinism/{stage}-{folder}"',
         f"runtime.seed={seed}",
         f"training.max_steps={STEPS}",
         "training.n_epochs=4.0",
@@ -45,7 +45,7 @@ def trained(workspace: Path) -> Path:
     again = [job(workspace, stage, "again", 11) for stage in reversed(STAGES)]
     start(workspace, first, 2)
     start(workspace, [job(workspace, stage, "other", 12) for stage in RESEEDED] + again, 2, TZ="Asia/Tokyo")
-    return workspace / "checkpoints"
+    return workspace / "determinism"
 
 
 @pytest.mark.parametrize("stage", STAGES)

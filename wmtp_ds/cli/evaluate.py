@@ -30,7 +30,13 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=FiniteRange(min=0),
     help="0 takes the likeliest token.  [default: 0 for one sample a problem, else 0.8]",
 )
-@click.option("--top-p", type=FiniteRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=FiniteRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this much probability together.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the samples.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of a sample.")
 @click.option(
@@ -51,7 +57,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Samples at a time.")
 @click.option("--processes", type=click.IntRange(min=1), help="Copies of the model.  [default: one a GPU; one on CPUs]")
 @click.option("--workers", type=click.IntRange(min=1), help="Programs that run at a time.  [default: one a CPU]")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="To compute on."
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights.")
 @click.option(
     "--output",
