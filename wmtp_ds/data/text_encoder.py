@@ -47,6 +47,11 @@ class TextEncoder:
         """The token ids of each text."""
         return [found.ids for found in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends in it, in characters."""
+        found: list[tuple[int, int]] = self._core.encode(text, add_special_tokens=False).offsets
+        return found
+
     @property
     def vocabulary_size(self) -> int:
         """One more than the largest id that a text can get."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.stages.watch import watch
 from wmtp_ds.weighting.normalize import Standardisation
 from wmtp_ds.weighting.statistics import moments
 from wmtp_ds.weighting.targets import mtp_targets
@@ -108,6 +109,16 @@ class Stage:
     def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
         """This micro-batch's share of the loss; runs inside the engine's forward."""
         raise NotImplementedError
+
+    def look(self, model: StageModel, batch: Batch, reference_BS: Tensor | None) -> dict[str, Tensor]:
+        """What the stage sees in each decision, to be shown to people: columns ``[B, S]``, without gradient.
+
+        A column's entry at a position is about the token that it emits, the next one. ``weight`` is the token's weight
+        in the loss, of head 1 where heads differ; others are the stage's own (``value``, ``td``, ``excess`` …). Weights
+        that depend on the global batch are those of this batch alone. A stage whose loss goes through
+        `StageModel.weighted_cross_entropy` need not say any of this: it is watched.
+        """
+        return watch(self, model, batch, reference_BS)
 
     def counts(self, batch: Batch, n: int) -> Totals:
         """This micro-batch's counts; their sums over the global batch are what :meth:`loss` is given."""

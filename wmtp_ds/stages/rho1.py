@@ -18,7 +18,7 @@ from wmtp_ds.stages.base import (
 from wmtp_ds.weighting.statistics import moments
 from wmtp_ds.weighting.targets import per_head
 from wmtp_kernels import IGNORE_INDEX, rho1_linear_cross_entropy
-from wmtp_kernels.rho1 import kept_counts
+from wmtp_kernels.rho1 import excess_loss, kept_counts
 
 
 class Rho1(Stage):
@@ -32,13 +32,21 @@ class Rho1(Stage):
             return kept_counts(supervised_nG.sum(1), self.training.k_percent)
         return kept_counts(supervised_nG, self.training.k_percent).sum(1)
 
-    def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
-        """``(1/n) Σ_k (1/M_k) Σ w·CE`` over selected targets, ``w`` from the excess ``CE_{i,k} − r_{i+k}``."""
-        cfg = self.training
+    def look(self, model: StageModel, batch: Batch, reference_BS: Tensor | None) -> dict[str, Tensor]:
+        """What head 1 selects, and the losses that say so."""
         assert reference_BS is not None, "rho1 needs the reference model's losses"
-        targets_nBS = batch_targets(batch, model.n)
-        scales_n = head_scales(totals)
-        loss, ce_nBS, weights_nBS = model.policy.lm_head(
+        targets_nBS, no_scales_n = batch_targets(batch, model.n), reference_BS.new_zeros(model.n)
+        _, ce_nBS, weights_nBS = self._select(model, batch, targets_nBS, reference_BS, no_scales_n)
+        own_BS = per_head(reference_BS, 1, first=1)[0]
+        excess_BS = excess_loss(ce_nBS[0], own_BS, self.training.excess)
+        return {"weight": weights_nBS[0], "excess": excess_BS, "loss": ce_nBS[0], "reference": own_BS}
+
+    def _select(
+        self, model: StageModel, batch: Batch, targets_nBS: Tensor, reference_BS: Tensor, scales_n: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the cross-entropy and the weight of every target, ``[n, B, S]``."""
+        cfg = self.training
+        found: tuple[Tensor, Tensor, Tensor] = model.policy.lm_head(
             model.head_states(model.trunk(batch), batch),
             loss=partial(
                 rho1_linear_cross_entropy,
@@ -54,6 +62,13 @@ class Rho1(Stage):
                 sequences_BS=batch.sequence_ids,
             ),
         )
+        return found
+
+    def loss(self, model: StageModel, batch: Batch, totals: Totals, reference_BS: Tensor | None) -> Output:
+        """``(1/n) Σ_k (1/M_k) Σ w·CE`` over selected targets, ``w`` from the excess ``CE_{i,k} − r_{i+k}``."""
+        assert reference_BS is not None, "rho1 needs the reference model's losses"
+        targets_nBS, scales_n = batch_targets(batch, model.n), head_scales(totals)
+        loss, ce_nBS, weights_nBS = self._select(model, batch, targets_nBS, reference_BS, scales_n)
         supervised_nBS = targets_nBS != IGNORE_INDEX
         shares = head_shares(scales_n, (weights_nBS * ce_nBS).sum((1, 2)))
         shares["rho1/selected_ratio"] = (weights_nBS > 0).sum() / totals.supervised_n.sum().clamp(min=1)

@@ -1,0 +1,181 @@
+"""What is shown is what the stages compute: against plain torch, and on the page."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from wmtp_ds.cli.main import main
+from wmtp_ds.config import load_config
+from wmtp_ds.data.templates import get_template
+from wmtp_ds.data.text_encoder import TextEncoder
+from wmtp_ds.look.columns import Looker, Solution, choose_rows
+from wmtp_ds.models.fingerprint import read_trunk_fingerprint
+from wmtp_ds.models.loading import load_policy, load_tokenizer
+from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.value_head_file import save_value_head
+
+STAGES = ("baseline", "critic", "verifiable", "rho1")
+MORE = {"verifiable": ["training.beta=0.2", "training.gamma=0.95", 'experiment.critic_checkpoint="none"']}
+
+
+@pytest.fixture(scope="module")
+def head() -> ValueHead:
+    torch.manual_seed(3)
+    head = ValueHead(64, "mlp")
+    torch.nn.init.normal_(head.output.weight, std=0.5)
+    return head
+
+
+@pytest.fixture
+def here(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(checkout)
+    return checkout
+
+
+def export(root: Path, stage: str, head: ValueHead, folder: Path) -> Path:
+    """What a run of a stage would have exported."""
+    folder.mkdir()
+    config = root / "stage_configs" / "local" / f"{stage}.toml"
+    resolved = load_config(config, MORE.get(stage, []), checks=False)
+    (folder / "config.toml").write_text(resolved.toml())
+    (folder / "metrics.json").write_text("{}")
+    policy = root / "storage/models/micro-policy"
+    if stage != "critic":
+        for file in policy.iterdir():
+            shutil.copy(file, folder)
+    if stage in ("critic", "verifiable"):
+        facts = {"hidden_size": 64, "type": "mlp", "activation": "sigmoid"}
+        fingerprint = str(read_trunk_fingerprint(policy))
+        save_value_head(folder / "value_head.safetensors", head.state_dict(), trunk_fingerprint=fingerprint, **facts)
+    return folder
+
+
+@pytest.fixture
+def looked(request: pytest.FixtureRequest, here: Path, head: ValueHead, tmp_path: Path) -> list[Solution]:
+    looker = Looker.load(export(here, request.param, head, tmp_path / "export"), torch.device("cpu"))
+    return looker.look(choose_rows(here / "storage/data/sample/train.jsonl", 2, 2))
+
+
+def read(root: Path, solution: Solution) -> tuple[torch.Tensor, int]:
+    """Token ids ``[1, S]``, and how many of them are the prompt's."""
+    encoder = TextEncoder(load_tokenizer(root / "storage/models/micro-policy"))
+    prompt, output = encoder([get_template("alpaca")(solution.row), solution.row.output])
+    return torch.tensor([[encoder.bos_id, *prompt, *output, encoder.eos_id]]), 1 + len(prompt)
+
+
+def column(solution: Solution, name: str) -> torch.Tensor:
+    return torch.tensor([token.columns[name] for token in solution.tokens])
+
+
+@pytest.mark.parametrize("looked", ["verifiable"], indirect=True)
+def test_values_td_errors_and_weights(looked: list[Solution], here: Path, head: ValueHead) -> None:
+    policy = load_policy(here / "storage/models/micro-policy")
+    assert [solution.row.is_correct for solution in looked] == [True, False] * 2
+    for solution in looked:
+        tokens, begin = read(here, solution)
+        with torch.no_grad():
+            values = head(policy.trunk(tokens))[0, begin - 1 : -1, 0]
+        following = torch.cat([0.95 * values[1:], torch.tensor([float(solution.row.is_correct)])])
+        td = following - values
+        torch.testing.assert_close(column(solution, "value"), values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(column(solution, "td"), td, rtol=0, atol=1e-5)
+        weights = (td / 0.2).exp().clamp(0.1, 5.0)
+        torch.testing.assert_close(column(solution, "weight"), weights, rtol=1e-4, atol=1e-5)
+        assert "".join(token.text for token in solution.tokens) == solution.row.output
+        assert solution.tokens[-1].kind == "end"
+
+
+@pytest.mark.parametrize("looked", ["critic"], indirect=True)
+def test_a_critic_weighs_nothing(looked: list[Solution], here: Path, head: ValueHead) -> None:
+    policy = load_policy(here / "storage/models/micro-policy")
+    for solution in looked:
+        tokens, begin = read(here, solution)
+        with torch.no_grad():
+            values = head(policy.trunk(tokens))[0, begin - 1 : -1, 0]
+        assert set(solution.tokens[0].columns) == {"value", "td"}
+        torch.testing.assert_close(column(solution, "value"), values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("looked", ["rho1"], indirect=True)
+def test_excess_losses_and_what_is_selected(looked: list[Solution], here: Path) -> None:
+    models = [
+        LlamaForCausalLM.from_pretrained(here / f"storage/models/micro-{n}").eval() for n in ("policy", "reference")
+    ]
+    for solution in looked:
+        tokens, begin = read(here, solution)
+        with torch.no_grad():
+            own, reference = (
+                F.cross_entropy(model(tokens).logits[0, begin - 1 : -1], tokens[0, begin:], reduction="none")
+                for model in models
+            )
+        torch.testing.assert_close(column(solution, "loss"), own, rtol=0, atol=1e-4)
+        torch.testing.assert_close(column(solution, "reference"), reference, rtol=0, atol=1e-4)
+        torch.testing.assert_close(column(solution, "excess"), own - reference, rtol=0, atol=2e-4)
+        kept = column(solution, "weight")
+        assert kept.sum() == math.ceil(0.6 * len(kept))
+        assert (own - reference)[kept == 1].min() >= (own - reference)[kept == 0].max() - 1e-5
+
+
+@pytest.mark.parametrize("looked", ["baseline"], indirect=True)
+def test_a_baseline_weighs_all_alike(looked: list[Solution]) -> None:
+    assert all(set(column(solution, "weight").tolist()) == {1.0} for solution in looked)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["weights", *map(str, arguments)])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_page(stage: str, here: Path, head: ValueHead, tmp_path: Path, capsys: Any) -> None:
+    checkpoint = export(here, stage, head, tmp_path / "export")
+    data, page = here / "storage/data/sample/train.jsonl", tmp_path / "page.html"
+    code, out, err = call(capsys, checkpoint, "--data", data, "--output", page, "--problems", 3)
+    assert code == 0, err
+    text = page.read_text()
+    assert not re.search(r"https?://|src=|href=|@import|url\(", text), "it needs no network"
+    solutions = re.findall(r"<pre class=(correct|incorrect)>(.*?)</pre>", text, re.DOTALL)
+    assert [kind for kind, _ in solutions] == ["correct", "incorrect"] * 3
+    first = re.sub(r"<[^>]*>", "", solutions[0][1])
+    assert first.replace("↵", "").startswith("def f(x):\n    return x + 0")
+    assert text.count("<polyline") == (2 if stage in ("critic", "verifiable") else 0)
+    assert "by kind of token" in out
+    assert "indentation" in out
+    found = json.loads(call(capsys, checkpoint, "--data", data, "--json", "--problems", 3)[1])
+    assert found["solutions"] == 6
+    assert found["shaded_by"] == ("value" if stage == "critic" else "weight")
+    assert sum(found["distribution"]["correct"] + found["distribution"]["incorrect"]) == found["tokens"]
+    assert sum(entry["tokens"] for entry in found["by_kind"].values()) == found["tokens"]
+
+
+def test_the_picture(here: Path, head: ValueHead, tmp_path: Path, capsys: Any) -> None:
+    checkpoint = export(here, "verifiable", head, tmp_path / "export")
+    arguments = (checkpoint, "--data", here / "storage/data/sample/train.jsonl", "--output", tmp_path / "x.png")
+    assert call(capsys, *arguments)[0] == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_what_cannot_be_looked_at(here: Path, tmp_path: Path, capsys: Any) -> None:
+    data = here / "storage/data/sample/train.jsonl"
+    for checkpoint, output, said in (
+        (tmp_path / "nowhere", "x.html", "nowhere does not exist"),
+        (here / "storage/models/micro-policy", "x.html", "is no export of a run"),
+        (tmp_path, "x.pdf", "name it .html"),
+    ):
+        code, _, err = call(capsys, checkpoint, "--data", data, "--output", tmp_path / output)
+        assert (code, "Traceback" in err) == (2, False)
+        assert said in err

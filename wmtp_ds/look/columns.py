@@ -1,0 +1,158 @@
+"""The stage of a run, its model and some rows -> what the stage sees in every token of their solutions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wmtp_ds.config import Resolved, load_config
+from wmtp_ds.data.batches import Collator
+from wmtp_ds.data.index import DataIndex, build_index
+from wmtp_ds.data.rows import Row
+from wmtp_ds.data.templates import get_template
+from wmtp_ds.errors import UserError
+from wmtp_ds.handoff import load_value_head
+from wmtp_ds.look.kinds import kinds_of
+from wmtp_ds.models.loading import load_policy, load_tokenizer
+from wmtp_ds.models.reference import ReferenceModel
+from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.run_summary import BEST, FINAL
+from wmtp_ds.stages.base import Stage, StageModel, make_stage
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a solution: its text, its kind, and its entry in each column."""
+
+    text: str
+    kind: str
+    columns: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution with its tokens, the end token included."""
+
+    row: Row
+    line: int
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Looker:
+    """A trained stage, ready to look at rows.
+
+    Attributes:
+        resolved: the config of its run.
+        stage, model, reference: as the run had them; ``reference`` is None where the stage needs none.
+        collator: of the run's template and lengths.
+    """
+
+    resolved: Resolved
+    stage: Stage
+    model: StageModel
+    reference: ReferenceModel | None
+    collator: Collator
+    device: torch.device
+
+    @classmethod
+    def load(cls, checkpoint: Path, device: torch.device) -> "Looker":
+        """From an export (``checkpoint_best``), or a run's folder.
+
+        Raises:
+            UserError: it is none, or models that it needs are gone.
+        """
+        folder = find_export(checkpoint)
+        resolved = load_config(folder / "config.toml", checks=False)
+        config, training = resolved.config, resolved.config.training
+        stage = make_stage(config.experiment.stage, training)
+        policy_folder = folder if stage.trains_policy else Path(config.models.policy.path)
+        policy = load_policy(policy_folder)
+        head = None
+        if training.has_value_head:
+            found = load_value_head(folder / VALUE_HEAD)
+            head = ValueHead(found.hidden_size, found.type, config.value_head.activation)  # type: ignore[arg-type]
+            head.load_state_dict(found.state_dict)
+        reference = None
+        if training.needs_reference:
+            assert config.models.reference is not None
+            reference = ReferenceModel(load_policy(Path(config.models.reference.path), n_future_tokens=1)).eval()
+            torch.nn.Module.to(reference, device)
+        model = StageModel(policy, head, stage).eval()
+        torch.nn.Module.to(model, device)
+        tokenizer = load_tokenizer(Path(config.models.policy.tokenizer_path or config.models.policy.path))
+        collator = Collator(tokenizer, get_template(config.dataset.template), config.dataset.max_length)
+        return cls(resolved, stage, model, reference, collator, device)
+
+    def look(
+        self, rows: Sequence[tuple[int, Row]], on_done: Callable[[int], None] = lambda count: None
+    ) -> list[Solution]:
+        """What the stage sees in these rows; each is a batch of its own, as selection within one would otherwise mix.
+
+        Args:
+            rows: with their lines in the file.
+            on_done: called with how many are done since the last call.
+        """
+        found = []
+        for line, row in rows:
+            batch = self.collator([row], [0])
+            if not batch.supervised.any():
+                continue  # too long
+            with torch.no_grad():
+                moved = batch.to(self.device)
+                reference_BS = None if self.reference is None else self.reference(moved)
+                columns = self.stage.look(self.model, moved, reference_BS)
+            decisions = batch.decisions[0].nonzero().flatten()
+            values = {name: column_BS[0].float().cpu()[decisions].tolist() for name, column_BS in columns.items()}
+            spans = [*self.collator.encoder.spans(row.output), (len(row.output), len(row.output))]
+            assert len(spans) == len(decisions), "a token for each decision"
+            kinds = kinds_of(row.output, spans)
+            tokens = [
+                Token(row.output[begin:end], kind, {name: column[place] for name, column in values.items()})
+                for place, ((begin, end), kind) in enumerate(zip(spans, kinds, strict=True))
+            ]
+            found.append(Solution(row, line, tokens))
+            on_done(1)
+        return found
+
+
+def find_export(checkpoint: Path) -> Path:
+    """The export that a path names: itself, or the best one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (checkpoint, checkpoint / BEST, checkpoint / FINAL):
+        if (folder / "config.toml").is_file() and (folder / "metrics.json").is_file():
+            return folder
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} does not exist: give an export of a run ({BEST}), or the run's folder")
+    raise UserError(
+        f"{checkpoint} is no export of a run: config.toml or metrics.json is missing. Give {BEST}, a run's folder, or "
+        "make one: wmtp-ds checkpoint export CHECKPOINT DEST"
+    )
+
+
+def choose_rows(data: Path, problems: int, solutions: int) -> list[tuple[int, Row]]:
+    """Rows of the first problems that have solutions of both kinds, or else of the first problems: line and row.
+
+    Args:
+        data: a data file.
+        problems: how many.
+        solutions: of each problem, right and wrong ones in turn.
+    """
+    index: DataIndex = build_index(data)
+    by_problem: dict[int, tuple[list[int], list[int]]] = {}
+    for place in range(len(index)):
+        kinds = by_problem.setdefault(int(index.problem[place]), ([], []))
+        kinds[int(not index.is_correct[place])].append(place)
+    both = [kinds for kinds in by_problem.values() if all(kinds)]
+    chosen = []
+    for right, wrong in (both or list(by_problem.values()))[:problems]:
+        turns = [place for pair in zip(right, wrong, strict=False) for place in pair]
+        rest = [place for place in (*right, *wrong) if place not in turns]
+        chosen += sorted((turns + rest)[:solutions])
+    return [(int(index.line[place]), index.read_row(place)) for place in chosen]

@@ -1,0 +1,44 @@
+"""The colour of a token: how much more, or less, than an ordinary one it weighs."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+# Colours that the colour-blind tell apart (Okabe and Ito 2008): vermilion for less, bluish green for more.
+LESS, MORE = (213, 94, 0), (0, 158, 115)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Entries of a column to colours.
+
+    Attributes:
+        kind: "ratio" for weights around 1 (by their logarithm), "share" for entries in [0, 1], of which 0.5 is
+            ordinary if they are values, and 0 if they are weights.
+        ordinary: the entry without colour.
+        most: the largest distance from it, in the scale's own measure, that occurs.
+    """
+
+    kind: Literal["ratio", "share"]
+    ordinary: float
+    most: float
+
+    @classmethod
+    def of(cls, column: str, low: float, high: float) -> "Scale":
+        """For a column whose entries lie between these."""
+        if column == "weight" and high > 1.0:
+            farthest = max(abs(math.log(max(entry, 1e-6))) for entry in (low, high))
+            return cls("ratio", 1.0, farthest or 1.0)
+        if column == "weight":
+            return cls("share", 0.0, 1.0)
+        return cls("share", 0.5, max(abs(low - 0.5), abs(high - 0.5)) or 1.0)
+
+    def strength(self, entry: float) -> float:
+        """From −1 (least) over 0 (ordinary) to 1 (most)."""
+        distance = math.log(max(entry, 1e-6)) if self.kind == "ratio" else entry - self.ordinary
+        return max(-1.0, min(1.0, distance / self.most))
+
+    def colour(self, entry: float) -> tuple[int, int, int, float]:
+        """Red, green, blue (0 to 255) and opacity (0 to 1)."""
+        strength = self.strength(entry)
+        return (*(MORE if strength > 0 else LESS), round(abs(strength) * 0.75, 3))
