@@ -16,7 +16,9 @@ import click
 @click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="A page (.html) or a picture (.png).")
 @click.option("--problems", type=click.IntRange(min=1), default=8, show_default=True, help="How many problems.")
 @click.option("--solutions", type=click.IntRange(min=1), default=4, show_default=True, help="Of each, at most.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="To compute on."
+)
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def weights(
