@@ -8,7 +8,21 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest.mock import patch
 
+from hypothesis import HealthCheck, Phase, settings
+
 from wmtp_ds.cli.main import main
+
+
+def examples(count: int) -> settings:
+    """The same examples on every machine and every day."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class Hang(BaseException):

@@ -21,9 +21,9 @@ from fuzz_config import (
     settings_of,
     variables,
 )
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from in_process import command
+from in_process import command, examples
 
 from wmtp_ds.config.keys import all_keys
 
@@ -34,18 +34,6 @@ ODD_KEYS = [
     "models.policy",
     "experiment.tags.x",
 ]
-
-
-def examples(count: int) -> settings:
-    """The same examples on every machine and every day."""
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fuzz_config import check_end
 from fuzz_data import DIGITS, KINDS, Data, a_row, check_file, data_files, odd_thing, remove
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from in_process import command
+from in_process import command, examples
 
 from wmtp_ds.data.index import build_index
 
@@ -24,18 +24,6 @@ HUMANEVAL = {
     "canonical_solution": "    return x\n",
     "test": "def check(candidate):\n    assert candidate(1) == 1\n",
 }
-
-
-def examples(count: int) -> settings:
-    """The same examples on every machine and every day."""
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @examples(100)
