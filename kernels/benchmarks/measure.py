@@ -121,18 +121,24 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> int:
     On a GPU, what torch has allocated; on a CPU, the high-water mark of the process's resident pages, which is reset
     before, after all that is free has been given back to the system.
     """
-    gc.collect(1)  # what the calls before have left in cycles is young
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()  # what would be freed in the middle of the call would hide as much of what the call takes
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        _RESET.write_text("5")
+        before = _status("VmHWM")
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    _RESET.write_text("5")
-    before = _status("VmHWM")
-    call()
-    return _status("VmHWM") - before
+        return _status("VmHWM") - before
+    finally:
+        if collects:
+            gc.enable()

@@ -1,6 +1,7 @@
 """Time, peak memory, and the weight kernel alone."""
 
 import dataclasses
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -104,9 +105,37 @@ def test_gradients_are_no_extra_memory():
 
     bare = run._warm_up(dataclasses.replace(arm_named("torch"), name="bare"), step, sets, CPU)
     assert bare < sets[0].gradient_bytes / 4
-    forward = run._warm_up(arm_named("reference"), step, sets, CPU)  # where there are none, nothing is taken off
-    assert forward > sets[0].gradient_bytes * 0.75
     assert sets[0].weight_VD.grad is None
+
+    def takes(inputs: Inputs) -> Outcome:
+        torch.ones(16 * 2**20).sum()
+        return Outcome()
+
+    trains, forward = (run._warm_up(arm_named(name), takes, sets, CPU) for name in ("torch", "reference"))
+    assert forward == pytest.approx(64 * 2**20, abs=2**20)  # has no gradients, so nothing is taken off
+    assert forward - trains == pytest.approx(sets[0].gradient_bytes, abs=2**20)
+
+
+@linux
+def test_what_a_call_frees_does_not_hide_what_it_takes():
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself, self.big = self, torch.ones(16 * 2**20)
+
+    def call() -> None:
+        Cycle()
+        kept = [[] for _ in range(100_000)]  # enough new objects for the collector to run
+        torch.ones(16 * 2**20).sum()
+        del kept
+
+    assert measure.extra_memory(call, CPU) == pytest.approx(128 * 2**20, abs=8 * 2**20)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        measure.extra_memory(lambda: None, CPU)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_where_memory_cannot_be_measured_it_says_so(monkeypatch, tmp_path, call):
