@@ -83,6 +83,27 @@ def test_the_weight_of_a_target_is_that_of_the_decision_that_emits_it(
     assert len({round(w, 6) for w in weights.values()}) > 2  # not all alike
 
 
+@pytest.mark.parametrize("options", [{}, {"td_normalize": "zscore", "weight_norm": "mean1"}], ids=str)
+def test_the_control_learns_as_much_from_other_tokens(
+    options: dict[str, Any], make_model, batch, run, policy_loss, gradients, assert_same
+):
+    model = make_model("verifiable", value_coef=0.0, shuffle_weights=True, **options)
+    output, grads = run(model, [batch])
+    with torch.no_grad():
+        dealt_BS = model.stage.look(model, batch, None)["weight"]
+    own = td_weights(model, batch)
+    moved = 0
+    for row, decisions_S in enumerate(batch.decisions):
+        places = decisions_S.nonzero().flatten().tolist()
+        expected = [own[row, place] for place in places]
+        assert sorted(dealt_BS[row, places].tolist()) == pytest.approx(sorted(expected), rel=1e-5)
+        moved += dealt_BS[row, places].tolist() != pytest.approx(expected, rel=1e-5)
+    assert moved
+    policy = policy_loss(model, batch, lambda k, b, i: dealt_BS[b, i + k - 1].item())
+    torch.testing.assert_close(output.loss.double(), policy.detach().double(), rtol=1e-5, atol=1e-6)
+    assert_same(grads, gradients(model, policy), rtol=1e-4, atol=1e-6)
+
+
 def test_weights_carry_no_gradient_to_the_value_head(make_model, batch, run):
     _, grads = run(make_model("verifiable", value_coef=0.0), [batch])
     assert not any(grad.any() for name, grad in grads.items() if name.startswith("value_head."))

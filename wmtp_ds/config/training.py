@@ -152,6 +152,9 @@ class VerifiableTraining(_ValueLoss, stage="verifiable"):
         default="none", description="rescale the weights to mean 1 over the global batch"
     )
     value_grad_to_trunk: bool = Field(default=True, description="let the value loss train the trunk, too")
+    shuffle_weights: bool = Field(
+        default=False, description="a control: deal each solution's weights to other tokens of it, at random"
+    )
 
 
 class Rho1Training(TrainingConfig, stage="rho1"):

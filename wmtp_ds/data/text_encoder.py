@@ -23,19 +23,21 @@ class TextEncoder:
     Text that looks like a special token ("<s>" is HTML, too) is encoded as the text it is.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        """``tokenizer``: a transformers `PreTrainedTokenizerFast` with a BOS and an EOS token.
+    def __init__(self, tokenizer: Any, *, needs_bos: bool = True) -> None:
+        """``tokenizer``: a transformers `PreTrainedTokenizerFast` with an EOS token, and a BOS if ``needs_bos``.
 
         Raises:
             UserError: it lacks one of them.
         """
-        for name in ("bos_token", "eos_token"):
+        for name in ("bos_token", "eos_token") if needs_bos else ("eos_token",):
             if getattr(tokenizer, f"{name}_id") is None:
                 raise UserError(
                     f"{tokenizer.name_or_path or 'the tokenizer'}: it has no {name}, which every sequence needs: set "
                     f"{name} in tokenizer_config.json, or choose another models.policy.tokenizer_path"
                 )
         self.bos_id: int = tokenizer.bos_token_id
+        # What a sequence begins with.
+        self.beginning: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -154,10 +154,10 @@ class Evaluation:
             start(len(wanted))
             advance(len(wanted) - len(missing))
             if missing and self.processes == 1:
-                policy, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
+                model, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
                 with files.journal(0) as journal:
                     prompter = Prompter(tokenizer, self.options.prompt)
-                    draw_samples(policy, prompter, missing, self.options, journal, advance)
+                    draw_samples(model, prompter, missing, self.options, journal, advance)
             elif missing:
                 self._draw_in_processes(files, missing, advance)
         return len(missing)
@@ -200,8 +200,8 @@ class Evaluation:
         references = [problem for problem in self.problem_set.problems if problem.reference is not None]
         if not references:
             return None
-        policy, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
-        prompter, encoder = Prompter(tokenizer, self.options.prompt), TextEncoder(tokenizer)
+        model, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
+        prompter, encoder = Prompter(tokenizer, self.options.prompt), TextEncoder(tokenizer, needs_bos=False)
         pairs = []
         for problem in references:
             solution = str(problem.reference)
@@ -210,7 +210,7 @@ class Evaluation:
             pairs.append((prompter.tokens(problem), [*encoder([solution])[0], encoder.eos_id]))
         with progress("predicting references", "solutions") as (start, advance):
             start(len(pairs))
-            return predict(policy, pairs, batch_size=max(1, self.options.batch_size // 4), on_done=advance)
+            return predict(model, pairs, batch_size=max(1, self.options.batch_size // 4), on_done=advance)
 
 
 def _draw_part(
@@ -227,10 +227,10 @@ def _draw_part(
             device = torch.device("cuda", number % torch.cuda.device_count())
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // evaluation.processes))
-        policy, tokenizer = load_model(evaluation.place, device=device, dtype=evaluation.dtype)
+        model, tokenizer = load_model(evaluation.place, device=device, dtype=evaluation.dtype)
         with files.journal(number) as journal:
             prompter = Prompter(tokenizer, evaluation.options.prompt)
-            draw_samples(policy, prompter, part, evaluation.options, journal, told.put)
+            draw_samples(model, prompter, part, evaluation.options, journal, told.put)
         told.put(-number)
     except Exception as error:
         told.put(f"{type(error).__name__}: {error}")

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from wmtp_ds.checkpoint_files import complete_checkpoints, is_complete, step_of, verify_manifest
 from wmtp_ds.errors import UserError
-from wmtp_ds.models.loading import load_policy, load_tokenizer, read_llama_config
+from wmtp_ds.models.causal import load_causal
+from wmtp_ds.models.config_file import read_config_fields
+from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.run_summary import BEST, FINAL, read_summary
 
+# A policy of ours, or a next-token model of another architecture.
+Model = MTPLlamaForCausalLM | PreTrainedModel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,15 +87,15 @@ def check_heads(place: Place) -> None:
     Raises:
         UserError: there are none.
     """
-    if (getattr(read_llama_config(place.folder), "n_future_tokens", None) or 1) < 2:
+    if (read_config_fields(place.folder).get("n_future_tokens") or 1) < 2:
         raise UserError(
             f"--decode self-speculative drafts with extra heads, and {place.folder} has none: take --decode plain, or "
             "a model that was trained to predict several tokens"
         )
 
 
-def load_model(place: Place, *, device: torch.device, dtype: str | None = None) -> tuple[MTPLlamaForCausalLM, Any]:
-    """The policy, in evaluation mode, and its tokenizer.
+def load_model(place: Place, *, device: torch.device, dtype: str | None = None) -> tuple[Model, Any]:
+    """The model, in evaluation mode, and its tokenizer.
 
     Args:
         place: of :func:`find_model`.
@@ -100,12 +105,15 @@ def load_model(place: Place, *, device: torch.device, dtype: str | None = None) 
     Raises:
         UserError: it cannot be loaded.
     """
-    config = read_llama_config(place.folder)
-    heads = getattr(config, "n_future_tokens", None) or 1
-    stored = str(config.dtype or torch.float32).removeprefix("torch.")
-    wanted = dtype or (stored if device.type == "cuda" and stored in DTYPES else "float32")
-    policy = load_policy(place.folder, dtype=DTYPES[wanted], n_future_tokens=heads)
-    # Rows of different lengths need a mask, which not every implementation takes.
-    policy.config._attn_implementation = "sdpa"
-    torch.nn.Module.to(policy, device)
-    return policy.eval(), load_tokenizer(place.folder)
+    fields = read_config_fields(place.folder)
+    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    wanted = DTYPES[dtype or (stored if device.type == "cuda" and stored in DTYPES else "float32")]
+    if fields.get("model_type") == "llama":
+        policy = load_policy(place.folder, dtype=wanted, n_future_tokens=fields.get("n_future_tokens") or 1)
+        # Rows of different lengths need a mask, which not every implementation takes.
+        policy.config._attn_implementation = "sdpa"
+        model: Model = policy
+    else:
+        model = load_causal(place.folder, dtype=wanted)
+    torch.nn.Module.to(model, device)
+    return model.eval(), load_tokenizer(place.folder)

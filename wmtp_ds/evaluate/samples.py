@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.data.text_encoder import TextEncoder
-from wmtp_ds.decoding import Completion, Limits, Sampling, generate
+from wmtp_ds.decoding import Completion, Limits, Sampling, generate, generate_by_transformers
 from wmtp_ds.evaluate.answers import completed, cut_completion, is_over, program_of
+from wmtp_ds.evaluate.model import Model
 from wmtp_ds.evaluate.problems import Problem
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
@@ -81,7 +83,7 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, prompt: str):
         self._tokenizer = tokenizer
-        self._encoder = TextEncoder(tokenizer)
+        self._encoder = TextEncoder(tokenizer, needs_bos=False)
         self._template = None if prompt == COMPLETION else get_template(prompt)
 
     @property
@@ -96,8 +98,8 @@ class Prompter:
         return (problem.beginning or problem.row.instruction).rstrip() + "\n"
 
     def tokens(self, problem: Problem) -> list[int]:
-        """The prompt's token ids, BOS first."""
-        return [self._encoder.bos_id, *self._encoder([self.text(problem)])[0]]
+        """The prompt's token ids, BOS first where there is one."""
+        return [*self._encoder.beginning, *self._encoder([self.text(problem)])[0]]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids to text."""
@@ -165,7 +167,7 @@ def _is_sample(entry: Mapping[str, Any]) -> bool:
 
 
 def draw_samples(
-    policy: MTPLlamaForCausalLM,
+    model: Model,
     prompter: Prompter,
     wanted: Sequence[tuple[Problem, int]],
     options: SampleOptions,
@@ -175,7 +177,7 @@ def draw_samples(
     """Draw samples, and enter each in a journal as soon as it is done.
 
     Args:
-        policy: see `wmtp_ds.decoding.generate`.
+        model: of `wmtp_ds.evaluate.model.load_model`.
         prompter: of its tokenizer.
         wanted: problems, and the number of the sample.
         options: how.
@@ -191,13 +193,14 @@ def draw_samples(
         journal.append(asdict(prompter.sample(*wanted[place], completion)))
         on_done(1)
 
-    generate(
-        policy,
+    complete = partial(generate_by_transformers, model)
+    if isinstance(model, MTPLlamaForCausalLM):
+        complete = partial(generate, model, speculative=options.speculative)
+    complete(
         [prompts[problem.problem_id] for problem, _ in wanted],
         Limits(options.max_new_tokens, prompter.end_ids, prompter.is_over if options.prompt == COMPLETION else None),
         options.sampling,
         streams=[stream_of(problem.problem_id, number) for problem, number in wanted],
-        speculative=options.speculative,
         batch_size=options.batch_size,
         on_done=enter,
     )

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from wmtp_ds.evaluate.model import Model
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 
 def predict(
-    policy: MTPLlamaForCausalLM,
+    model: Model,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_size: int = 4,
@@ -19,8 +20,8 @@ def predict(
     """Accuracy and perplexity of each head on the tokens of solutions.
 
     Args:
-        policy: in a single process.
-        pairs: token ids of a prompt (BOS first) and of its solution (EOS last).
+        model: in a single process; one of another architecture has one head.
+        pairs: token ids of a prompt (BOS first, where there is one) and of its solution (EOS last).
         batch_size: sequences at a time.
         on_done: called with how many pairs are done since the last call.
 
@@ -29,8 +30,8 @@ def predict(
         ``loss_head_k`` (mean cross-entropy in nats) and ``perplexity_head_k``, its exponential; and ``tokens``, the
         targets of head 1. Head k at position i predicts token i + k; prompts are no targets.
     """
-    n = policy.n_future_tokens
-    device = policy.lm_head.weight.device
+    n = model.n_future_tokens if isinstance(model, MTPLlamaForCausalLM) else 1
+    device = model.device
     losses_n = torch.zeros(n, dtype=torch.float64)
     hits_n, counts_n = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
@@ -38,13 +39,13 @@ def predict(
         for begin in range(0, len(order), batch_size):
             chosen = [pairs[place] for place in order[begin : begin + batch_size]]
             input_ids_BS, is_target_BS = _padded(chosen)
-            states_nBSD = policy.head_states(policy.trunk(input_ids_BS.to(device)))
+            states_nBSD, unembed = _states(model, input_ids_BS.to(device))
             for head in range(n):
                 # One head's logits at a time, and of targets alone: all at once would be n times the memory.
                 targets_BS, is_target = input_ids_BS[:, head + 1 :], is_target_BS[:, head + 1 :]
                 states_ND = states_nBSD[head][:, : targets_BS.shape[1]][is_target.to(device)]
                 targets_N = targets_BS[is_target].to(device)
-                logits_NV = policy.lm_head(states_ND).float()
+                logits_NV = unembed(states_ND).float()
                 losses_n[head] += _cross_entropy(logits_NV, targets_N)
                 hits_n[head] += (logits_NV.argmax(-1) == targets_N).sum().cpu()
                 counts_n[head] += len(targets_N)
@@ -57,6 +58,14 @@ def predict(
             figures[f"perplexity_head_{head + 1}"] = math.exp(min(loss, 700.0))
             figures[f"token_accuracy_head_{head + 1}"] = int(hits_n[head]) / count
     return figures
+
+
+def _states(model: Model, input_ids_BS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What each head's logits are made of, ``[n, B, S, ·]``, and what makes them."""
+    if isinstance(model, MTPLlamaForCausalLM):
+        return model.head_states(model.trunk(input_ids_BS)), model.lm_head
+    # The logits themselves: some architectures scale or cap them behind the unembedding.
+    return model(input_ids_BS, use_cache=False).logits[None], lambda logits: logits
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from wmtp_ds.data.batches import Batch
 from wmtp_ds.distributed import max_over_ranks, sum_over_ranks
 from wmtp_ds.stages.base import Output, Stage, StageModel, Totals, value_loss
 from wmtp_ds.weighting.normalize import Standardisation, standardisation
-from wmtp_kernels import TDWeights
+from wmtp_ds.weighting.shuffle import shuffle_weights
+from wmtp_kernels import TDWeights, decision_weights
 
 UNCHANGED = Standardisation()
 
@@ -61,4 +62,11 @@ class Verifiable(Stage):
 
         value = value_loss(cfg, values_BS1.squeeze(-1), batch, totals)
         value.loss = cfg.value_coef * value.loss
-        return model.weighted_cross_entropy(trunk_BSD, batch, weights, totals) + value
+        placed = shuffled(weights, batch) if cfg.shuffle_weights else weights
+        return model.weighted_cross_entropy(trunk_BSD, batch, placed, totals) + value
+
+
+def shuffled(weights: TDWeights, batch: Batch) -> Tensor:
+    """The weights ``[B, S]``, each on another token of its solution."""
+    _, weights_GL = decision_weights(weights)
+    return batch.by_row(shuffle_weights(weights_GL, weights.decisions_BS, batch.row_ids))

@@ -1,0 +1,117 @@
+"""What does the critic know, and when?
+
+A value head is trained on the frozen trunk of the base model, with the reward itself as its target (`return`), or
+with value plus advantage (`gae`, λ = 0.95), over the same rows for as many steps. Its values on held-out solutions,
+right and wrong, are read at ten places of each solution. The AUC is the chance that a right solution has a higher
+value there than a wrong one; at 0 % it is the value before the first token, which can know the problem alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import corpora
+import numpy as np
+import torch
+from intervals import difference, over_seeds
+from matplotlib.axes import Axes
+from placement import base_run, critic_run
+from runs import Run, do
+from sizes import Size
+from sklearn.metrics import roc_auc_score
+
+from wmtp_ds.data.index import build_index
+from wmtp_ds.launch import resolve_device
+from wmtp_ds.look.columns import Looker
+
+TITLE = "The critic: where it knows, and how well it is calibrated"
+TARGETS = ("return", "gae")
+_PLACES = tuple(place / 10 for place in range(11))  # share of the solution's tokens that are read
+_BINS = 10
+
+
+def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
+    """Train critics with both targets; their AUC and calibration, one a seed."""
+    files = corpora.problems(size)
+    bases = {seed: base_run(size, files, seed) for seed in seeds}
+    critics = {target: [critic_run(bases[seed], files, seed, target) for seed in seeds] for target in TARGETS}
+    do([run for runs in critics.values() for run in runs], workers)
+    figures = {}
+    for target, runs in critics.items():
+        found = [_figures(run, files) for run in runs]
+        figures[target] = {name: [one[name] for one in found] for name in found[0]}
+    return {"figures": figures, "commands": {target: runs[0].command for target, runs in critics.items()}}
+
+
+def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
+    index = build_index(files.validation)
+    looker = Looker.load(run.model, torch.device(resolve_device(run.size.device)))
+    solutions = looker.look([(int(index.line[place]), index.read_row(place)) for place in range(len(index))])
+    values = [[token.columns["value"] for token in solution.tokens] for solution in solutions]
+    labels = np.array([solution.row.is_correct for solution in solutions])
+    read = np.array([[own[round(place * (len(own) - 1))] for place in _PLACES] for own in values])
+    difficulty = np.array([solution.row.difficulty for solution in solutions])
+    last = read[:, -1]
+    return {
+        "auc by place": [float(roc_auc_score(labels, read[:, place])) for place in range(len(_PLACES))],
+        "auc by difficulty": {
+            str(level): float(roc_auc_score(labels[difficulty == level], last[difficulty == level]))
+            for level in sorted(set(difficulty.tolist()))
+            if len(set(labels[difficulty == level])) == 2
+        },
+        "calibration error": calibration_error(last, labels),
+        "reliability": reliability(last, labels),
+        "brier": float(np.mean((last - labels) ** 2)),
+        "solutions": len(solutions),
+    }
+
+
+def reliability(values: np.ndarray, labels: np.ndarray) -> list[list[float]]:
+    """Of ten bins of equal width: how many solutions, their mean value, and the share of right ones. No empty bins."""
+    bins = np.minimum((values * _BINS).astype(int), _BINS - 1)
+    found = []
+    for number in sorted(set(bins.tolist())):
+        inside = bins == number
+        found.append([float(inside.sum()), float(values[inside].mean()), float(labels[inside].mean())])
+    return found
+
+
+def calibration_error(values: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error (Naeini et al. 2015): mean |value − share of right ones| over those bins."""
+    return sum(count * abs(mean - share) for count, mean, share in reliability(values, labels)) / len(values)
+
+
+def table(results: dict[str, Any]) -> str:
+    """AUC at the beginning, the middle and the end, and calibration."""
+    figures = results["figures"]
+    places = {f"{10 * place} % read": place for place in (0, 2, 5, 8, 10)}
+    lines = [
+        "| target | " + " | ".join(f"AUC, {name}" for name in places) + " | calibration error | Brier |",
+        "|---|" + "---|" * (len(places) + 2),
+    ]
+    for target, own in figures.items():
+        aucs = [over_seeds([seed[place] for seed in own["auc by place"]]).text() for place in places.values()]
+        errors = [over_seeds(own[name]).text() for name in ("calibration error", "brier")]
+        lines.append(f"| {target} | " + " | ".join(aucs + errors) + " |")
+    levels = list(figures["return"]["auc by difficulty"][0])
+    lines += ["", "| target | " + " | ".join(f"AUC, difficulty {level}" for level in levels) + " |"]
+    lines += ["|---|" + "---|" * len(levels)]
+    for target, own in figures.items():
+        aucs = [over_seeds([seed[level] for seed in own["auc by difficulty"]]).text() for level in levels]
+        lines.append(f"| {target} | " + " | ".join(aucs) + " |")
+    last = {target: [seed[-1] for seed in own["auc by place"]] for target, own in figures.items()}
+    lines.append(
+        f"\n`gae` minus `return`, AUC at the end: {difference(last['gae'], last['return']).text()}. "
+        f"{figures['return']['solutions'][0]} held-out solutions."
+    )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], axis: Axes) -> None:
+    """AUC by relative place."""
+    for target, own in results["figures"].items():
+        found = [over_seeds([seed[place] for seed in own["auc by place"]]) for place in range(len(_PLACES))]
+        axis.errorbar(_PLACES, [one.mean for one in found], [one.half or 0 for one in found], label=target, capsize=3)
+    axis.axhline(0.5, color="grey", linewidth=1)
+    axis.set_xlabel("share of the solution that is read")
+    axis.set_ylabel("AUC of the value")
+    axis.legend()

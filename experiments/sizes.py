@@ -1,0 +1,81 @@
+"""The two sizes of every experiment: minutes on a CPU, or a GPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Size:
+    """Models, data and steps.
+
+    Attributes:
+        name: also of the folder with its configs, ``experiments/NAME/STAGE.toml``.
+        device: "cpu" or "cuda".
+        hidden_size, trunk_layers, vocab_size, heads: of the policy.
+        problems: that are generated; a tenth of them is held out.
+        difficulties: of the problems that are used, from and to.
+        base_steps: optimizer steps before a critic can read the trunk.
+        steps: of each arm.
+        critic_steps: of the critic.
+        corpus_steps, reference_steps: of the arms, and of the reference, of the study of corruption.
+        evaluated: held-out problems that are solved for pass@1.
+    """
+
+    name: str
+    device: str
+    hidden_size: int
+    trunk_layers: int
+    vocab_size: int
+    heads: int
+    problems: int
+    difficulties: tuple[int, int]
+    base_steps: int
+    steps: int
+    critic_steps: int
+    corpus_steps: int
+    reference_steps: int
+    evaluated: int
+
+    @property
+    def folder(self) -> Path:
+        """Where its data, models and runs are."""
+        return Path("storage/experiments") / self.name
+
+    def config(self, stage: str) -> Path:
+        """The config that the runs of a stage begin with."""
+        return Path("experiments") / self.name / f"{stage}.toml"
+
+
+SMALL = Size(
+    name="small",
+    device="cpu",
+    hidden_size=128,
+    trunk_layers=3,
+    vocab_size=1024,
+    heads=4,
+    problems=2200,
+    difficulties=(1, 4),
+    base_steps=200,
+    steps=100,
+    critic_steps=100,
+    corpus_steps=120,
+    reference_steps=200,
+    evaluated=60,
+)
+LARGE = Size(
+    name="large",
+    device="cuda",
+    hidden_size=768,
+    trunk_layers=9,
+    vocab_size=8192,
+    heads=4,
+    problems=22_000,
+    difficulties=(1, 11),
+    base_steps=4000,
+    steps=2000,
+    critic_steps=1000,
+    corpus_steps=2000,
+    reference_steps=4000,
+    evaluated=500,
+)
+SIZES = {size.name: size for size in (SMALL, LARGE)}

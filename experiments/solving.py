@@ -1,0 +1,21 @@
+"""pass@1 of a trained model, by ``wmtp-ds evaluate``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_OPTIONS = ("--max-new-tokens", "192", "--batch-size", "64", "--force", "--json")
+
+
+def solve(model: Path, problems: Path, template: str, *options: str) -> dict[str, Any]:
+    """Greedy solutions of problems, run against their tests; the figures of the summary. Done once."""
+    output = model.parent / f"solved-{problems.stem}{''.join(options)}"
+    command = [str(Path(sys.executable).with_name("wmtp-ds")), "evaluate", str(model), "--problems", str(problems)]
+    command += ["--prompt", template, "--output", str(output), *_OPTIONS, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    figures: dict[str, Any] = json.loads(done.stdout)["figures"]
+    return figures

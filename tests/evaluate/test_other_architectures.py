@@ -1,0 +1,199 @@
+"""Models that are no Llamas: their own forward and caches, our choice of tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process import command
+from scipy.stats import chisquare
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MambaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from wmtp_ds.decoding import Limits, Sampling, generate_by_transformers
+from wmtp_ds.errors import UserError
+from wmtp_ds.evaluate.teacher import predict
+from wmtp_ds.models.causal import load_causal
+
+VOCABULARY, END = 40, 1
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=128),
+    "qwen2": Qwen2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+    ),
+    "mamba": MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=VOCABULARY, conv_kernel=4),
+}  # fmt: skip
+
+
+def model_of(kind: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> tuple[list[int], bool]:
+    """Token by token, without a cache, a batch or padding."""
+    tokens: list[int] = []
+    while len(tokens) < count:
+        token = int(model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].argmax())
+        if token == END:
+            return tokens, True
+        tokens.append(token)
+    return tokens, False
+
+
+PROMPTS = [[2, 3, 4], [5], [6, 7, 8, 9, 10, 11], [12, 13]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_greedy_completions_are_the_models_own_whatever_the_batch(kind: str) -> None:
+    model = model_of(kind)
+    with torch.no_grad():
+        expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    told: dict[int, int] = {}
+    for batch_size in (1, 3, 8):
+        limits = Limits(12, frozenset([END]))
+        found = generate_by_transformers(
+            model, PROMPTS, limits, batch_size=batch_size, on_done=lambda place, one: told.update({place: one.passes})
+        )
+        assert [(one.tokens, one.ended) for one in found] == expected
+        assert told == {place: len(one.tokens) + one.ended - 1 for place, one in enumerate(found)}
+    enough = generate_by_transformers(model, PROMPTS, Limits(12, frozenset([END]), lambda tokens: len(tokens) >= 3))
+    assert [one.tokens for one in enough] == [tokens[:3] for tokens, _ in expected]
+
+
+def test_a_model_without_attention() -> None:
+    model = model_of("mamba")
+    with torch.no_grad():
+        expected = [greedy(model, prompt, 8) for prompt in PROMPTS]
+    found = generate_by_transformers(model, PROMPTS, Limits(8, frozenset([END])), batch_size=1)
+    assert [(one.tokens, one.ended) for one in found] == expected
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 1000), st.permutations(range(4)), st.integers(1, 4))
+def test_a_sample_depends_on_its_stream_alone(seed: int, order: list[int], batch_size: int) -> None:
+    model = model_of("gpt2")
+    limits, sampling = Limits(6, frozenset([END])), Sampling(0.9, 0.95, seed)
+    one = generate_by_transformers(model, PROMPTS, limits, sampling, streams=[3, 5, 7, 9])
+    other = generate_by_transformers(
+        model, [PROMPTS[i] for i in order], limits, sampling, streams=[(3, 5, 7, 9)[i] for i in order],
+        batch_size=batch_size,
+    )  # fmt: skip
+    assert [one[i].tokens for i in order] == [own.tokens for own in other]
+
+
+def test_samples_have_the_models_distribution() -> None:
+    model = model_of("qwen2")
+    with torch.no_grad():
+        expected = (model(torch.tensor([[4, 5]])).logits[0, -1] / 0.7).softmax(-1)
+    drawn = generate_by_transformers(
+        model, [[4, 5]] * 3000, Limits(1, frozenset([END])), Sampling(0.7), batch_size=1000, streams=range(3000)
+    )
+    counts = torch.zeros(VOCABULARY, dtype=torch.float64)
+    for one in drawn:
+        counts[END if one.ended else one.tokens[0]] += 1
+    often = expected * 3000 >= 5
+    rest = torch.stack([counts[~often].sum(), expected[~often].sum() * 3000])
+    observed = [*counts[often].tolist(), float(rest[0])]
+    wanted = [*(expected[often] * 3000).tolist(), float(rest[1])]
+    assert chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_predictions_are_the_models_own() -> None:
+    model = model_of("gpt2")
+    pairs = [([2, 3, 4], [5, 6, END]), ([7], [8, 9, 10, 11, END])]
+    found = predict(model, pairs, batch_size=2)
+    losses, hits = [], []
+    for prompt, solution in pairs:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + solution])).logits[0]
+        for place, token in enumerate(solution, start=len(prompt)):
+            losses.append(float(-logits[place - 1].log_softmax(-1)[token]))
+            hits.append(int(logits[place - 1].argmax()) == token)
+    assert found["loss_head_1"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["token_accuracy_head_1"] == sum(hits) / len(hits)
+    assert found["tokens"] == 8
+    assert "loss_head_2" not in found
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    """A folder as Hugging Face has them, whose tokenizer knows no beginning of a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["<end>", *letters])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    folder = tmp_path / "qwen"
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(folder)
+    config = Qwen2Config.from_dict(CONFIGS["qwen2"].to_dict() | {"vocab_size": 257, "eos_token_id": 0})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_from_a_folder(qwen: Path, problems_file: Path, tmp_path: Path) -> None:
+    options = ("--problems", problems_file, "--max-new-tokens", 6, "--output", tmp_path / "out", "--json")
+    done = command("evaluate", qwen, *options, seconds=120)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["figures"]
+    assert (found["problems"], found["pass@1"], found["tokens_per_pass"]) == (3, 0.0, 1.0)
+    assert found["prediction"]["loss_head_1"] == pytest.approx(5.5, abs=1.0)  # about log 257: it has learned nothing
+    refused = command("evaluate", qwen, *options, "--decode", "self-speculative", "--force")
+    assert refused.code == 2
+    assert "has none" in refused.err
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _deeper(folder: Path) -> None:
+    _set(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+
+
+def _wider(folder: Path) -> None:
+    _set(folder, vocab_size=300)
+
+
+def _unknown(folder: Path) -> None:
+    _set(folder, model_type="nothing-known")
+
+
+def _code(folder: Path) -> None:
+    _set(folder, attn_implementation="someone/kernel")
+
+
+def _set(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_without_weights, "no safetensors weights"),
+        (_deeper, r"its weights lack model\.layers\.2\..* and \d+ more"),
+        (_wider, "qwen"),
+        (_unknown, "'nothing-known'"),
+        (_code, "attn_implementation"),
+    ],
+)
+def test_folders_that_do_not_fit(qwen: Path, spoil: Any, said: str) -> None:
+    spoil(qwen)
+    with pytest.raises(UserError, match=said):
+        load_causal(qwen, dtype=torch.float32)
