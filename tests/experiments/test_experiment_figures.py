@@ -19,6 +19,7 @@ from scipy import stats
 from sizes import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
+from wmtp_ds.config import load_config
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.models.loading import load_policy
 from wmtp_ds.models.micro import make_micro_models
@@ -162,3 +163,16 @@ def test_tables_are_those_of_the_results() -> None:
         assert table in readme, f"run: python experiments/run.py {file.parent.name} --show"
         assert len(results["seeds"]) >= 5
         assert (file.parent / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_all_stages_read_the_same_rows_as_often(size: str) -> None:
+    repository = Path(corpora.__file__).resolve().parents[1]
+    overrides = ["models.policy.path=x", "dataset.train=a", "dataset.validation=b", "data_sampling.correct_ratio=0.5"]
+    tables = []
+    for stage in ("baseline", "critic", "verifiable", "rho1"):
+        config = load_config(repository / f"experiments/{size}/{stage}.toml", overrides, checks=False).config
+        assert not config.early_stopping.enabled
+        alike = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "scheduler")
+        tables.append((config.dataset, config.data_sampling, [getattr(config.training, name) for name in alike]))
+    assert all(table == tables[0] for table in tables)
