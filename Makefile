@@ -5,11 +5,12 @@ PYTHON ?= python3
 RANKS ?= 2
 JOBS ?= 2
 
-.PHONY: help install demo test soak gpu-test lint format clean
+.PHONY: help install demo experiments test soak gpu-test lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install, make data and models, train all four stages on the CPU, show the results"
+	@echo "make experiments  does weighting help? five studies with five seeds each; hours, and it goes on where it was"
 	@echo "make install  make $(VENV) with pinned versions"
 	@echo "make test     run the tests, in JOBS=2 processes"
 	@echo "make soak     the long versions: kills, faults and odd inputs by the hundred (about an hour)"
@@ -39,6 +40,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 demo: install
 	$(BIN)/python experiments/demo.py --ranks $(RANKS)
 
+experiments: install
+	$(BIN)/python experiments/run.py
+
 test: install
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
 
@@ -47,7 +51,10 @@ soak: install
 
 # Every allocation is one of its own under the sanitizer, or it would take a neighbour's memory for an array's.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 3
-gpu-test: install
+gpu-experiments: install
+	$(BIN)/python experiments/run.py
+
+test: install
 	$(BIN)/python -m pytest -q -m gpu
 	@command -v compute-sanitizer >/dev/null || \
 	  { echo "error: compute-sanitizer is not on the PATH. It comes with the CUDA toolkit, in /usr/local/cuda/bin"; exit 2; }

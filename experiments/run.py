@@ -1,7 +1,7 @@
 """The experiments: ``make experiments``, or one of them, ``python experiments/run.py placement``.
 
 Each trains its arms with every seed, keeps what is done (a second run goes on), and writes results.json, table.md and
-figure.png to experiments/results/STUDY (another size: STUDY-SIZE). README.md beside this file shows the tables.
+figure.png to experiments/results/STUDY (another size: STUDY-SIZE). README.md beside this file gets the tables.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from sizes import SIZES, Size
 
 STUDIES = ("placement", "corruption", "critic_quality", "rerun_cost", "heads")
 RESULTS = Path("experiments/results")
+README = Path("experiments/README.md")
 
 
 def load(name: str) -> ModuleType:
@@ -45,7 +46,7 @@ def conduct(name: str, size: Size, seeds: list[int], workers: int) -> None:
 
 
 def show(study: ModuleType, found: dict[str, Any], folder: Path) -> None:
-    """The table and the figure of results."""
+    """The table and the figure of results; the README's copy of them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,6 +62,20 @@ def show(study: ModuleType, found: dict[str, Any], folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "figure.png", dpi=120)
     plt.close(figure)
+    before = README.read_text()
+    if (after := with_results(before, folder.name, table, found)) != before:
+        README.write_text(after)
+
+
+def with_results(readme: str, name: str, table: str, found: dict[str, Any]) -> str:
+    """A page with a study's table and figure between ``<!-- STUDY -->`` and ``<!-- end -->``, if it has that place."""
+    head, mark, rest = readme.partition(f"<!-- {name} -->\n")
+    if not mark:
+        return readme
+    made = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if key != "device")
+    seeds = f"Seeds {found['seeds'][0]} to {found['seeds'][-1]}; {found['machine']['device']}; {made}."
+    figure = f"![{load(name).TITLE}](results/{name}/figure.png)"
+    return f"{head}{mark}{table}\n\n{seeds}\n\n{figure}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def machine(size: Size) -> dict[str, str]:

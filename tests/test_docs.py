@@ -134,6 +134,15 @@ def test_files_of_the_repository_that_are_named_are_there(page: Path) -> None:
         assert own or (REPOSITORY / path).exists(), f"{name_of(page)}: {path}"
 
 
+def test_targets_of_make_are_there_once() -> None:
+    """Of two rules for one target make takes the last."""
+    rules = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    shown = {word for page in PAGES for word in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert {"demo", "install", "test"} <= shown
+    for target in shown:
+        assert rules.count(target) == 1, f"make {target}: {rules.count(target)} rules"
+
+
 # --- keys of the configuration ---
 
 

@@ -5,6 +5,7 @@ there parameters are read one at a time, so memory is that of one file of weight
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wmtp_ds.checkpoint_files import PARTIAL, read_manifest, replace_folder, verify_manifest
+from wmtp_ds.checkpoint_files import MANIFEST, PARTIAL, is_complete, read_manifest, replace_folder, verify_manifest
 from wmtp_ds.config import load_config
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import read_json, sha256_of
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
@@ -24,7 +26,9 @@ from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.stages.base import make_stage
 from wmtp_ds.universal import convert
 
+logger = logging.getLogger(__name__)
 _VALUE_HEAD = "value_head."
+_MADE_FROM = "manifest"  # in metrics.json: the SHA-256 of the checkpoint's manifest
 
 
 def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> Path:
@@ -79,7 +83,11 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
                 activation=config.value_head.activation,
                 trunk_fingerprint=str(fingerprint),
             )
-        facts = {"step": read_manifest(checkpoint).get("step"), "stage": config.experiment.stage}
+        facts = {
+            "step": read_manifest(checkpoint).get("step"),
+            "stage": config.experiment.stage,
+            _MADE_FROM: sha256_of(checkpoint / MANIFEST),
+        }
         (partial / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.copy(checkpoint / "config.toml", partial / "config.toml")
         replace_folder(partial, final)
@@ -88,6 +96,27 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def export_beside(checkpoint: Path) -> Path:
+    """The export of a checkpoint that tools read: ``exported_step_…`` beside it, made when it is first asked for.
+
+    Raises:
+        UserError, RunError: as `export_checkpoint` does.
+    """
+    final = checkpoint.with_name(f"exported_{checkpoint.name}")
+    try:
+        facts = read_json(final / "metrics.json")
+    except (OSError, ValueError):
+        facts = None
+    if (
+        is_complete(checkpoint)
+        and isinstance(facts, dict)
+        and facts.get(_MADE_FROM) == sha256_of(checkpoint / MANIFEST)
+    ):
+        return final
+    logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
+    return export_checkpoint(checkpoint, final, force=True)
 
 
 def _reader(folder: Path, prefix: str, module: nn.Module, dtype: torch.dtype) -> Callable[[nn.Parameter], Tensor]:

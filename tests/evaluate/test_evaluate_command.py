@@ -190,6 +190,6 @@ def test_models_that_cannot_be_evaluated(solver: Path, problems_file: Path, here
     Path("meta/params.json").write_text("{}")
     assert "wmtp-ds model import meta DEST" in said("meta")
     Path("run/step_00000003").mkdir(parents=True)
-    assert "is no whole checkpoint" in said("run/step_00000003")
+    assert "run/step_00000003 is not whole" in said("run/step_00000003")
     reference = solver.parent / "reference"
     assert "reference has none: take --decode plain" in said(reference, "--decode", "self-speculative")

@@ -15,6 +15,8 @@ from test_launch_parity import start
 from wmtp_ds.checkpoint_export import export_checkpoint
 from wmtp_ds.config import load_config
 from wmtp_ds.errors import UserError
+from wmtp_ds.evaluate.model import find_model
+from wmtp_ds.look.columns import find_export
 from wmtp_ds.optimization import lr_schedule
 from wmtp_ds.run_data import open_data
 
@@ -148,6 +150,27 @@ def test_a_checkpoint_becomes_the_export_that_the_run_has_written(
         export_checkpoint(run / f"step_{STEPS:08d}", exported)
     with pytest.raises(UserError, match="it is no export"):
         export_checkpoint(run / f"step_{STEPS:08d}", run)
+
+
+def test_a_checkpoint_can_be_evaluated_and_looked_at(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is put together beside itself, once, and again if it is another one."""
+    monkeypatch.chdir(trained.parent)
+    run, name = trained / "verifiable-resumed", f"step_{STEPS:08d}"
+    place = find_model(run / name)
+    assert (place.folder, place.run) == (run / f"exported_{name}", run)
+    assert place.name == f"verifiable-resumed-{name}"
+    assert find_export(run / name) == place.folder
+    weights = place.folder / "model.safetensors"
+    same(load_file(weights), load_file(run / "checkpoint_final" / "model.safetensors"), name)
+    before = weights.stat().st_mtime_ns
+    assert find_model(run / name) == place
+    assert weights.stat().st_mtime_ns == before
+    facts = json.loads((place.folder / "metrics.json").read_text())
+    (place.folder / "metrics.json").write_text(json.dumps(facts | {"manifest": "of another checkpoint"}))
+    assert find_model(run / name) == place
+    assert weights.stat().st_mtime_ns > before
+    with pytest.raises(UserError, match="a value head alone"):
+        find_model(trained / "critic-straight" / name)
 
 
 @pytest.mark.parametrize("stage", STAGES)

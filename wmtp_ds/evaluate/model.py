@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from wmtp_ds.checkpoint_files import complete_checkpoints, is_complete, step_of, verify_manifest
+from wmtp_ds.checkpoint_export import export_beside
+from wmtp_ds.checkpoint_files import complete_checkpoints, is_complete, step_of
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.causal import load_causal
 from wmtp_ds.models.config_file import read_config_fields
@@ -34,8 +35,10 @@ class Place:
 
     @property
     def name(self) -> str:
-        """Of the run, or of the folder."""
-        return (self.run or self.folder).resolve().name
+        """Of the run, and the step where it is that of a checkpoint; or of the folder."""
+        if self.run is None or self.folder.name in (BEST, FINAL):
+            return (self.run or self.folder).resolve().name
+        return f"{self.run.resolve().name}-{self.folder.name.removeprefix('exported_')}"
 
     @property
     def tracked_run(self) -> str | None:
@@ -45,7 +48,10 @@ class Place:
 
 
 def find_model(path: Path) -> Place:
-    """What a path names: a model's folder, or a run's, of which the best export is taken, or else the final one.
+    """What a path names: a model's folder; a checkpoint; or a run's folder.
+
+    Of a run the best export is taken, or else the final one, or else its newest checkpoint. Checkpoints are put
+    together from their shards, once.
 
     Raises:
         UserError: there is nothing of the kind; says what there is instead.
@@ -55,7 +61,7 @@ def find_model(path: Path) -> Place:
     if not path.is_dir():
         raise UserError(f"{path} is a file: give the model's folder")
     if step_of(path.name) is not None or is_complete(path):
-        raise UserError(_checkpoint_hint(path))
+        return _of_checkpoint(path)
     if not (path / "config.json").exists() and not (path / "params.json").exists():
         exports = [path / name for name in (BEST, FINAL) if (path / name / "config.json").exists()]
         if exports:
@@ -63,7 +69,7 @@ def find_model(path: Path) -> Place:
         if (path / BEST / "value_head.safetensors").exists() or (path / "value_head.safetensors").exists():
             raise UserError(f"{path} holds a value head alone (a critic's): there is no policy in it to evaluate")
         if complete_checkpoints(path):
-            raise UserError(_checkpoint_hint(complete_checkpoints(path)[-1]))
+            return _of_checkpoint(complete_checkpoints(path)[-1])
         raise UserError(f"{path} holds no model: neither config.json, nor an export ({BEST}, {FINAL})")
     if not (path / "config.json").exists():
         raise UserError(f"{path} is in Meta's layout: wmtp-ds model import {path} DEST, and evaluate that")
@@ -71,14 +77,12 @@ def find_model(path: Path) -> Place:
     return Place(path, run)
 
 
-def _checkpoint_hint(folder: Path) -> str:
-    problem = verify_manifest(folder, contents=False)
-    if problem is not None:
-        return f"{folder} is no whole checkpoint: {problem}"
-    return (
-        f"{folder} is a checkpoint to resume from, in shards of its ranks. Evaluate an export of the run "
-        f"({folder.parent / BEST} or {FINAL}), or write one from it: wmtp-ds checkpoint export {folder} DEST"
-    )
+def _of_checkpoint(checkpoint: Path) -> Place:
+    """Raises UserError if it is not whole, or a critic's, which has no policy of its own."""
+    place = Place(export_beside(checkpoint), checkpoint.parent)
+    if not (place.folder / "config.json").exists():
+        raise UserError(f"{checkpoint} holds a value head alone (a critic's): there is no policy in it to evaluate")
+    return place
 
 
 def check_heads(place: Place) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from wmtp_ds.checkpoint_export import export_beside
+from wmtp_ds.checkpoint_files import is_complete
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.data.batches import Collator
 from wmtp_ds.data.index import DataIndex, build_index
@@ -120,7 +122,7 @@ class Looker:
 
 
 def find_export(checkpoint: Path) -> Path:
-    """The export that a path names: itself, or the best one of a run's folder.
+    """The export that a path names: itself, the best one of a run's folder, or that of a checkpoint, made once.
 
     Raises:
         UserError: there is none.
@@ -128,6 +130,8 @@ def find_export(checkpoint: Path) -> Path:
     for folder in (checkpoint, checkpoint / BEST, checkpoint / FINAL):
         if (folder / "config.toml").is_file() and (folder / "metrics.json").is_file():
             return folder
+    if is_complete(checkpoint):
+        return export_beside(checkpoint)
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} does not exist: give an export of a run ({BEST}), or the run's folder")
     raise UserError(
