@@ -51,10 +51,7 @@ soak: install
 
 # Every allocation is one of its own under the sanitizer, or it would take a neighbour's memory for an array's.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 3
-gpu-experiments: install
-	$(BIN)/python experiments/run.py
-
-test: install
+gpu-test: install
 	$(BIN)/python -m pytest -q -m gpu
 	@command -v compute-sanitizer >/dev/null || \
 	  { echo "error: compute-sanitizer is not on the PATH. It comes with the CUDA toolkit, in /usr/local/cuda/bin"; exit 2; }
