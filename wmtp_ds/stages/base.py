@@ -77,7 +77,7 @@ class Output:
 
 
 class Stage:
-    """What to train and how to weigh. Subclass it in ``wmtp_ds/stages/<stage>.py``; see ``docs/stages.md``.
+    """What to train and how to weigh. Subclass it in ``wmtp_ds/stages/<stage>.py``; see ``docs/fifth_weighting.md``.
 
     Args:
         training: the stage's ``[training]`` table, validated.
