@@ -1,4 +1,4 @@
-"""A fifth weighting, as docs/stages.md tells a user to write one: a config class and a stage."""
+"""A fifth weighting, as docs/fifth_weighting.md tells a user to write one: a config class and a stage."""
 
 from pydantic import Field
 

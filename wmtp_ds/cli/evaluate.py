@@ -16,7 +16,9 @@ def positive_numbers(context: click.Context, parameter: click.Parameter, value: 
     return tuple(sorted(set(found)))
 
 
-@click.command(epilog="Example: wmtp-ds evaluate checkpoints/local-rho1 --problems storage/data/sample/problems.jsonl")
+@click.command(
+    epilog="Example: wmtp-ds evaluate checkpoints/local-rho1 --problems storage/data/sample/validation.jsonl"
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--problems",
