@@ -1,7 +1,7 @@
 """Rows become tensors: tokenisation, padding, masks, truncation, and how a global batch is cut."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
