@@ -107,11 +107,12 @@ class Scoring:
         """
         output = self.work.output
         earlier = self._earlier(force)
+        plans = self._plans()
         on_start(sum(map(len, self._indexes)))
         try:
             output.mkdir(parents=True, exist_ok=True)
             with Journal(output / MANIFEST, self._made_from(), _is_shard) as journal:
-                manifest, all_there = self._score(journal, earlier, on_done)
+                manifest, all_there = self._score(journal, plans, earlier, on_done)
                 journal.remove()
         except OSError as error:
             raise RunError(
@@ -120,18 +121,10 @@ class Scoring:
         return manifest, all_there
 
     def _score(
-        self, journal: Journal, earlier: dict[str, Shard], on_done: Callable[[int], None]
+        self, journal: Journal, plans: Sequence["_Plan"], earlier: dict[str, Shard], on_done: Callable[[int], None]
     ) -> tuple[Manifest, bool]:
         output = self.work.output
         done = earlier | {entry["name"]: Shard.model_validate(entry) for entry in journal}
-        plans = [self._plan(number, data) for number, data in enumerate(self._data)]
-        for plan, source in zip(plans, self.work.inputs, strict=True):
-            if not plan.scored:
-                which = "correct row" if self.work.settings.correct_only else "row"
-                limit = self.work.settings.max_length
-                raise UserError(
-                    f"--input {source}: has no {which} whose solution fits into --max-length {limit} tokens"
-                )
         pieces = {piece.name: piece for plan in plans for piece in plan.pieces}
         done = {
             name: shard
@@ -195,6 +188,20 @@ class Scoring:
             f"--output {output}: holds scores of another model, other data or other settings: give another --output, "
             "or --force to replace them"
         )
+
+    def _plans(self) -> list["_Plan"]:
+        """What is to be done for each input.
+
+        Raises:
+            UserError: there is nothing to be scored.
+        """
+        plans = [self._plan(number, data) for number, data in enumerate(self._data)]
+        for plan, source in zip(plans, self.work.inputs, strict=True):
+            if not plan.scored:
+                which = "correct row" if self.work.settings.correct_only else "row"
+                limit = self.work.settings.max_length
+                raise UserError(f"--input {source}: no solution of a {which} fits into --max-length {limit} tokens")
+        return plans
 
     def _plan(self, number: int, data: Data) -> "_Plan":
         """Count tokens, and cut the rows into pieces."""

@@ -126,7 +126,8 @@ class Scorer:
         for start in range(0, len(scored), size):
             places = scored[start : start + size]
             for place, losses in zip(places, self._losses(data, [sequences[place] for place in places]), strict=True):
-                kept = losses.astype(self._work.settings.dtype)
+                with np.errstate(over="ignore"):  # which is seen below
+                    kept = losses.astype(self._work.settings.dtype)
                 if not np.isfinite(kept).all():
                     raise UserError(_not_finite(data.index.where(rows[place]), losses, self._work.settings))
                 found[place] = kept
