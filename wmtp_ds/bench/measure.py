@@ -18,6 +18,7 @@ from wmtp_ds import distributed, engine
 from wmtp_ds.bench import materialised
 from wmtp_ds.bench.memory import PeakMemory
 from wmtp_ds.bench.operations import Trains, Work, mfu, needed, nominal, peak_of
+from wmtp_ds.bench.scores import Scores
 from wmtp_ds.bench.settings import CONFIG_FILE, MATERIALISED, StepSettings
 from wmtp_ds.bench.sizes import REFERENCES, SIZES
 from wmtp_ds.bench.timeline import (
@@ -117,7 +118,12 @@ class _Measurement:
         largest = distributed.max_over_ranks(self._vector([statistics.median(seconds), *held.values()])).tolist()
         step, memory = largest[0], dict(zip(held, largest[1:], strict=True))
         figures = {"step_seconds": step, "step_seconds_each": seconds, "work": asdict(work), "memory": memory}
-        return figures | self._parts(step) if settings.divide else figures
+        compared = Scores(self._training, self._memory) if settings.compare_scores else None
+        if compared is not None:
+            compared.interleave(settings.warmup, settings.steps)
+        if settings.divide:
+            figures |= self._parts(step)
+        return figures if compared is None else figures | {"scores": compared.without_reference()}
 
     def _parts(self, step: float) -> dict[str, Any]:
         """The second pass: each part's share, applied to a step's seconds of the first."""

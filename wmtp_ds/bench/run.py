@@ -40,7 +40,7 @@ def run_step(
     figures = _run(settings, chosen, overrides)
     if not compare_materialised:
         return figures
-    materialised = _run(replace(settings, logits=MATERIALISED, divide=False), chosen, overrides)
+    materialised = _run(replace(settings, logits=MATERIALISED, divide=False, compare_scores=False), chosen, overrides)
     return figures | {"materialised": materialised, "compared": compare(figures, materialised)}
 
 

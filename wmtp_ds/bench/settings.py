@@ -27,6 +27,7 @@ class StepSettings:
     logits: str = FUSED
     peak_tflops: float | None = None
     divide: bool = True  # whether there is a second pass, which tells where the time goes
+    compare_scores: bool = False  # whether the reference is also left out, with its losses at hand
 
     def write(self, folder: Path) -> None:
         """Hand them to the ranks."""
