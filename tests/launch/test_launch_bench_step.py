@@ -98,5 +98,5 @@ def test_steps_with_scores_are_taken_in_turn_with_live_ones(rho1: dict) -> None:
     assert len(found["live_seconds_each"]) == len(found["scores_seconds_each"]) == 2
     for arm in ("live", "scores"):
         assert found[f"{arm}_seconds"] >= min(found[f"{arm}_seconds_each"]) > 0
-    assert found["memory"].keys() == rho1["memory"].keys()
+    assert found["memory"].keys() == rho1["memory"].keys()  # of processes of its own
     assert found["memory"]["peak"] >= found["memory"]["at_rest"] > 0

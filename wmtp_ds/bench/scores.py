@@ -8,10 +8,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from wmtp_ds import distributed
-from wmtp_ds.bench.memory import PeakMemory
 from wmtp_ds.data.batches import Batch
 from wmtp_ds.train import Training
 
@@ -19,16 +20,15 @@ LIVE, SCORES = "live", "scores"
 
 
 class Scores:
-    """Steps with the live reference and without it, in one process, on the same micro-batches.
+    """Steps with the live reference and with its losses at hand, in one process, on the same micro-batches.
 
     Weights are random and of no file, so losses are not read from one: they are computed before the clock starts. What
     reading them costs is the loader's thread's, which has them ready before the step.
     """
 
-    def __init__(self, training: Training, memory: PeakMemory):
+    def __init__(self, training: Training):
         assert training.reference is not None, "the stage has a reference"
-        self._training, self._memory, self._reference = training, memory, training.reference
-        self._windows: list[list[Batch]] = []  # with their scores
+        self._training, self._reference = training, training.reference
         self._seconds: dict[str, list[float]] = {LIVE: [], SCORES: []}
 
     def interleave(self, warmup: int, steps: int) -> None:
@@ -42,8 +42,6 @@ class Scores:
                     seconds = self._time(window if arm == LIVE else scored)
                     if number >= warmup:
                         self._seconds[arm].append(seconds)
-                if number >= warmup:
-                    self._windows.append(scored)
         training.reference = self._reference
 
     def _with_scores(self, batch: Batch) -> Batch:
@@ -56,31 +54,19 @@ class Scores:
         self._synchronize()
         return time.perf_counter() - began
 
-    def without_reference(self) -> dict[str, Any]:
-        """Let go of the reference; the figures, of the rank that needs the most.
-
-        Returns:
-            ``live_seconds`` and ``scores_seconds`` of the median step, all steps of this rank as ``…_each``, and
-            ``memory`` as `PeakMemory` has it.
-        """
-        training = self._training
-        self._reference.close()
-        training.reference = None
-        del self._reference
-        self._memory.start()
-        for window in self._windows:
-            training.take_step(window)
-        held = self._memory.stop()
-        medians = [median(self._seconds[arm]) for arm in (LIVE, SCORES)]
-        numbers = torch.tensor([*medians, *held.values()], dtype=torch.float64).to(training.device)
-        live, cached, *memory = distributed.max_over_ranks(numbers).tolist()
-        return {
-            "live_seconds": live,
-            "scores_seconds": cached,
-            **{f"{arm}_seconds_each": seconds for arm, seconds in self._seconds.items()},
-            "memory": dict(zip(held, memory, strict=True)),
-        }
+    def figures(self) -> dict[str, Any]:
+        """``live_seconds`` and ``scores_seconds`` of the slowest rank's median step; all of this rank's as ``…_each``."""
+        numbers = torch.tensor([median(seconds) for seconds in self._seconds.values()], dtype=torch.float64)
+        medians = distributed.max_over_ranks(numbers.to(self._training.device)).tolist()
+        each = {f"{arm}_seconds_each": seconds for arm, seconds in self._seconds.items()}
+        return {f"{arm}_seconds": seconds for arm, seconds in zip(self._seconds, medians, strict=True)} | each
 
     def _synchronize(self) -> None:
         if self._training.device.type == "cuda":
             torch.cuda.synchronize(self._training.device)
+
+
+def made_up_losses(row: int, tokens: npt.NDArray[np.integer], supervised: int) -> npt.NDArray[np.float32]:
+    """In the place of `ReferenceScores`, where there is no model to compute them with: float32 [supervised]."""
+    losses: npt.NDArray[np.float32] = np.random.default_rng(row).uniform(5, 10, supervised).astype(np.float32)
+    return losses

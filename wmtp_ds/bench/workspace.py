@@ -78,6 +78,8 @@ def resolve(settings: StepSettings, folder: Path, chosen: Sequence[str], overrid
         "runtime.device": device,
         "mlflow.tracking_uri": "",
     }
+    if settings.only_scores:
+        ours["models.reference.scores"] = str(folder / "scores")
     if needs_reference:
         ours["models.reference.path"] = str(folder / "reference")
         # The reference computes in the policy's dtype.
