@@ -55,7 +55,7 @@ class Scores:
         return time.perf_counter() - began
 
     def figures(self) -> dict[str, Any]:
-        """``live_seconds`` and ``scores_seconds`` of the slowest rank's median step; all of this rank's as ``…_each``."""
+        """``live_seconds`` and ``scores_seconds`` of the slowest rank's median step; this rank's as ``…_each``."""
         numbers = torch.tensor([median(seconds) for seconds in self._seconds.values()], dtype=torch.float64)
         medians = distributed.max_over_ranks(numbers.to(self._training.device)).tolist()
         each = {f"{arm}_seconds_each": seconds for arm, seconds in self._seconds.items()}
