@@ -8,7 +8,7 @@ from pathlib import Path
 from wmtp_ds.scores.manifest import Settings
 from wmtp_ds.scores.worker import Work
 
-ROWS, MAX_LENGTH, SHARD_TOKENS = 30, 96, 150
+ROWS, MAX_LENGTH, SHARD_TOKENS = 30, 320, 150
 TRAIN = Path("storage/data/sample/train.jsonl")
 REFERENCE = Path("storage/models/micro-reference")
 TOO_LONG, LONG_PROMPT = 7, 4  # rows
@@ -24,7 +24,7 @@ def write_rows(file: Path, count: int = ROWS, seed: int = 0) -> None:
             )
             row = {
                 "problem_id": f"p{number // 2}",
-                "instruction": f"Add {number}{' and so on' * (60 if number == LONG_PROMPT else 0)}.",
+                "instruction": f"Add {number}{' '.join(map(str, range(300 * (number == LONG_PROMPT))))}.",
                 "output": f"def f(x):\n{body}    return x\n",
                 "is_correct": number % 3 > 0,
             }

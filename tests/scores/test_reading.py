@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import examples
-from score_checkout import LONG_PROMPT, MAX_LENGTH, REFERENCE, TOO_LONG, TRAIN
+from score_checkout import LONG_PROMPT, MAX_LENGTH, REFERENCE, TOO_LONG, TRAIN, work
 
 from wmtp_ds.data.batches import Collator
 from wmtp_ds.data.index import build_index
@@ -23,6 +23,7 @@ from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.reference import ReferenceModel
 from wmtp_ds.scores.manifest import Input, Manifest, Shard, StoredFile, read_manifest, what_is_damaged
 from wmtp_ds.scores.reader import ReferenceScores
+from wmtp_ds.scores.scoring import Scoring
 
 
 @pytest.fixture
@@ -59,15 +60,18 @@ def test_batches_carry_what_the_live_reference_says(collator: Collator, live: Re
 
 @torch.no_grad()
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_packed_rows_carry_it_too(collator: Collator, live: ReferenceModel, world_size: int) -> None:
-    rows = np.array([3, 0, 29, 11, LONG_PROMPT, 5, 8, 8])
-    seen = []
+def test_packed_rows_carry_it_too(here: Path, collator: Collator, world_size: int) -> None:
+    wide = Scoring(work("wide", max_length=900)).run()[0]
+    collator.max_length, collator.reference = 900, ReferenceScores(Path("wide"), wide, wide.inputs[0])
+    live = ReferenceModel(load_policy(REFERENCE, n_future_tokens=1)).eval()
+    rows, seen, segments = np.array([3, 0, 29, 11, LONG_PROMPT, 5, 8, 8]), [], 0
     for rank in range(world_size):
         for batch in load_packed(build_index(TRAIN), collator, rows, None, Ranks(rank, world_size, 2)):
             torch.testing.assert_close(batch.reference, live(batch), rtol=0, atol=1e-5)
             assert torch.equal(batch.reference != 0, batch.supervised)
-            seen += batch.row_ids.tolist()
+            seen, segments = seen + batch.row_ids.tolist(), max(segments, int(batch.segment_ids.max()))
     assert sorted(seen) == sorted(rows.tolist())
+    assert segments > 1
 
 
 def test_after_a_resume_and_on_other_ranks_the_rows_are_the_same(collator: Collator, scores: ReferenceScores) -> None:

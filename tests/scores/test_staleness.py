@@ -26,7 +26,7 @@ from wmtp_ds.scores.use import use_scores
 CONFIG = Path("stage_configs/local/rho1.toml")
 USUAL = (
     'models.reference.scores="scores"',
-    "dataset.max_length=96",
+    "dataset.max_length=320",
     'dataset.cache_dir=""',
     "data_sampling.n_samples=8",
     'mlflow.tracking_uri=""',
@@ -130,7 +130,7 @@ def remove(root: Path) -> None:
 
 def edit(root: Path) -> None:
     file = root / "scores" / MANIFEST
-    file.write_text(file.read_text().replace('"max_length": 96', '"max_length": 97'))
+    file.write_text(file.read_text().replace('"max_length": 320', '"max_length": 321'))
 
 
 def nothing(root: Path) -> None:
@@ -150,7 +150,7 @@ MORE = "storage/data/sample/more.jsonl"
         (retokenize, (), "micro-policy holds another tokenizer than storage/models/micro-reference was", BOTH),
         (retrain, (), "micro-reference holds another model than ", TRAINING),
         (reshape, (), "micro-reference holds another model than ", BOTH),
-        (nothing, ("dataset.max_length=97",), "dataset.max_length: is 97, and the scores in scores were", BOTH),
+        (nothing, ("dataset.max_length=321",), "dataset.max_length: is 321, and the scores in scores were", BOTH),
         (nothing, ('dataset.template="plain"',), 'dataset.template: is "plain", and the scores in scores', BOTH),
         (nothing, ('models.reference.dtype="bfloat16"',), "would compute in bfloat16, and the scores", BOTH),
         (half_write, (), "scores is half written: run the same wmtp-ds data score again", BOTH),
