@@ -207,6 +207,14 @@ def test_a_process_that_dies_is_said(here: Path, monkeypatch: pytest.MonkeyPatch
     assert caught.value.exit_code == 1
 
 
+def test_a_process_whose_parent_died_meanwhile_leaves(there: Path) -> None:
+    number = multiprocessing.get_context("fork").Value("i", 0)
+    process = multiprocessing.get_context("fork").Process(target=scoring._begin, args=(work(), number, 1, 1))
+    process.start()  # whose parent is this process, and not number 1
+    process.join(30)
+    assert (process.exitcode, number.value) == (1, 0)
+
+
 def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -262,7 +263,7 @@ class Scoring:
     def _in_processes(self, pieces: Sequence[Piece], on_done: Callable[[int], None]) -> Iterator[Shard]:
         context = multiprocessing.get_context("spawn")
         count = min(self.processes, len(pieces))
-        pool = ProcessPoolExecutor(count, context, _begin, (self.work, context.Value("i", 0), count))
+        pool = ProcessPoolExecutor(count, context, _begin, (self.work, context.Value("i", 0), count, os.getpid()))
         try:
             waiting: dict[Future[Shard], Piece] = {pool.submit(_write, piece): piece for piece in pieces}
             for future in as_completed(waiting):
@@ -364,10 +365,12 @@ def _is_shard(entry: dict[str, Any]) -> bool:
 _scorer: Scorer  # of a process of the pool
 
 
-def _begin(work: Work, number: Any, processes: int) -> None:
+def _begin(work: Work, number: Any, processes: int, parent: int) -> None:
     """Make a process ready to score."""
     global _scorer
     die_with_parent()
+    if os.getppid() != parent:  # it has died while this process began, and would be waited for in vain
+        os._exit(1)
     with number.get_lock():
         own, number.value = number.value, number.value + 1
     if work.device == "cpu":
