@@ -53,8 +53,9 @@ def check_models(resolved: Resolved) -> None:
     """
     models = resolved.config.models
     check_architecture(Path(models.policy.path))
-    if resolved.config.training.needs_reference:
+    if resolved.config.loads_reference:
         assert models.reference is not None
+        assert models.reference.path is not None
         check_architecture(Path(models.reference.path), n_future_tokens=1)
     if resolved.config.training.uses_rewards and models.reward.source == "model":
         assert models.reward.path is not None
@@ -147,11 +148,13 @@ def build_reward(resolved: Resolved) -> FrozenEngine:
 
 
 def build_reference(resolved: Resolved, load: Loader = load_policy) -> FrozenEngine | None:
-    """The frozen reference model in an engine of its own; None if the stage needs none."""
-    if not resolved.config.training.needs_reference:
+    """The frozen reference model in an engine of its own; None if the stage needs none, or reads its losses."""
+    if not resolved.config.loads_reference:
         return None
-    assert resolved.config.models.reference is not None
+    reference = resolved.config.models.reference
+    assert reference is not None
+    assert reference.path is not None
     ds_config = resolved.deepspeed_reference()
-    folder = Path(resolved.config.models.reference.path)
+    folder = Path(reference.path)
     policy = load(folder, sharding=Zero3Sharding(ds_config), n_future_tokens=1)
     return FrozenEngine(ReferenceModel(policy), ds_config)

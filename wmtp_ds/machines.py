@@ -32,6 +32,8 @@ def check_machines(resolved: Resolved, folder: "RunFolder", data: "RunData", cri
         f"dataset.train ({data.train.path})": data.train.fingerprint,
         f"dataset.validation ({data.validation.path})": data.validation.fingerprint,
     }
+    if data.scores is not None:
+        facts[f"models.reference.scores ({data.scores.folder})"] = data.scores.manifest.checksum()
     if critic is not None:
         facts[f"the critic ({resolved.config.experiment.critic_checkpoint})"] = sha256_of(critic)
     views = distributed.gather_objects((socket.gethostname(), facts))

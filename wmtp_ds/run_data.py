@@ -19,6 +19,7 @@ from wmtp_ds.data.token_cache import TokenCache, open_token_cache
 from wmtp_ds.errors import UserError
 from wmtp_ds.launch import resolve_device
 from wmtp_ds.models.loading import load_tokenizer
+from wmtp_ds.scores.reader import ReferenceScores
 
 # Rows of an attention mask begin at multiples of this many elements, or torch's kernel copies the mask in each block.
 MASK_ALIGNMENT = 16
@@ -39,6 +40,7 @@ class RunData:
     too_long: int
     train_tokens: TokenCache | None
     validation_tokens: TokenCache | None
+    scores: ReferenceScores | None = None  # of the reference model, if they were computed beforehand
 
     def train_rows(self) -> np.ndarray:
         """The rows that the run draws, each once, in the file's order: int64."""

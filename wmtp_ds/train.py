@@ -43,6 +43,7 @@ from wmtp_ds.rewards import fill_rewards
 from wmtp_ds.run_data import RunData, open_data, world_size_from_launcher
 from wmtp_ds.run_folder import RunFolder, is_main_process
 from wmtp_ds.run_summary import BEST, FINAL, write_summary
+from wmtp_ds.scores.use import use_scores
 from wmtp_ds.signals import Interruption
 from wmtp_ds.stages.base import Output, Totals, make_stage
 from wmtp_ds.tracking import Tracker, start_tracking
@@ -71,6 +72,7 @@ def train(resolved: Resolved, *, run_name: str | None = None, resume: str = "nev
     resolved, cut = fit_ranks(resolved, resume, world_size_from_launcher())
     check_models(resolved)
     data = open_data(resolved, world_size_from_launcher())
+    use_scores(resolved, data)
     critic = fetch_critic(resolved)
     if is_main_process():
         folder.lock()
@@ -138,6 +140,8 @@ class Training:
         self.validation: dict[str, float] = {}
         self.tracker: Tracker | None = None
         self.tags = {"trunk_fingerprint": fingerprint, "dataset_fingerprint": data.train.fingerprint}
+        if data.scores is not None:
+            self.tags |= data.scores.tags
 
     def run(self, run_name: str) -> int:
         """Train to the end, an early stop or a signal; returns the exit code."""
@@ -247,7 +251,7 @@ class Training:
         learning_rate = self.engine.learning_rate
         collected = WindowMetrics()
         for batch in window:
-            reference_BS = None if self.reference is None else self.reference(batch)
+            reference_BS = batch.reference if self.reference is None else self.reference(batch)
             output = Output(*self.engine(batch, totals, reference_BS))  # model, then the stage's loss
             self.engine.backward(output.loss)
             self.engine.step()

@@ -49,6 +49,7 @@ def no_ranks(monkeypatch):
         (["--stage", "baseline", "--device", "cpu", "--attention", "flish"], r"--attention flish: .*flish"),
         (["--stage", "baseline", "--sequence-length", "8"], r"8 is not in the range x>=64"),
         (["--stage", "baseline", "--peak-tflops", "0"], r"0.* is not in the range x>0"),
+        (["--stage", "baseline", "--compare-scores"], r"--compare-scores: stage baseline has no reference model"),
         ([], r"Missing option '--stage'"),
     ],
 )

@@ -91,3 +91,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file/inner"):
         with pytest.raises(UserError, match=r"--output .*: cannot be made"):
             report.make_folder(folder)
+
+
+def test_the_comparison_with_scores(figures):
+    memory = {"at_rest": 2 * 2**30, "peak": 2.5 * 2**30, "extra": 2**29, "exact": 1.0}
+    seconds = {"live_seconds": 2.0, "scores_seconds": 1.5, "live_seconds_each": [2.0] * 7}
+    text = report.table(figures | {"scores": seconds | {"memory": memory}})
+    assert "with models.reference.scores: 1.500 s a step, and 2.000 s with the reference (75.0%; 7 steps each" in text
+    assert "it holds 2.000 GiB instead of 3.000, at the step's peak 2.500 instead of 4.000" in text

@@ -1,7 +1,7 @@
 """Rows become tensors: tokenisation, padding, masks, truncation, and how a global batch is cut."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +203,8 @@ def test_no_rows_make_a_batch_without_anything_to_learn(multiple):
 
 def test_to_moves_every_tensor():
     batch = collator()([row()], [0])
+    assert batch.to("meta").reference is None
+    batch = replace(batch, reference=torch.zeros(batch.input_ids.shape))
     moved = batch.to("meta")
     assert {getattr(moved, field.name).device.type for field in fields(Batch)} == {"meta"}
     assert moved.host is batch

@@ -31,7 +31,8 @@ def verifiable(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def rho1(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Two ranks."""
     folder = tmp_path_factory.mktemp("rho1")
-    return bench(folder, "--stage", "rho1", "--num_gpus", "2", "--batch-size", "1", "--gradient-checkpointing")
+    typed = ["--num_gpus", "2", "--batch-size", "1", "--gradient-checkpointing", "--compare-scores"]
+    return bench(folder, "--stage", "rho1", *typed)
 
 
 def shares(figures: dict) -> dict[tuple[str, str], float]:
@@ -90,3 +91,12 @@ def test_files_are_written(verifiable: tuple[dict, Path]) -> None:
     with (folder / "out/step-verifiable-micro.csv").open() as file:
         assert sum(float(row["share"]) for row in csv.DictReader(file)) == pytest.approx(1.0, abs=1e-4)
     assert [path.name for path in folder.iterdir()] == ["out"]  # nothing else is left behind
+
+
+def test_steps_with_scores_are_taken_in_turn_with_live_ones(rho1: dict) -> None:
+    found = rho1["scores"]
+    assert len(found["live_seconds_each"]) == len(found["scores_seconds_each"]) == 2
+    for arm in ("live", "scores"):
+        assert found[f"{arm}_seconds"] >= min(found[f"{arm}_seconds_each"]) > 0
+    assert found["memory"].keys() == rho1["memory"].keys()  # of processes of its own
+    assert found["memory"]["peak"] >= found["memory"]["at_rest"] > 0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_launch_parity import start
+from test_launch_parity import score, start
 
 pytestmark = pytest.mark.launch
 
@@ -13,6 +13,9 @@ STAGES = {
     "verifiable": ['training.td_normalize="zscore"', "training.td_lambda=0.9", "training.value_coef=0.5"],
     "rho1": ['training.selection_scope="sequence"'],
 }
+# What is run of each: packed or not; the last one with the reference's losses computed beforehand.
+RUNS = [(stage, packed) for stage in STAGES for packed in (False, True)] + [("rho1-scores", True)]
+SCORES = ['models.reference.scores="packing-scores"', 'models.reference.path="nowhere"']
 # What packing changes, and what no two runs have alike.
 OTHERWISE = ("perf/", "data/padding")
 
@@ -23,10 +26,11 @@ def runs(workspace: Path) -> dict[tuple[str, bool], Path]:
     critic = workspace / "packing-critic"
     critic.mkdir()
     make_critic(workspace, critic)
-    folders = {(stage, packed): workspace / f"packing/{stage}-{packed}" for stage in STAGES for packed in (False, True)}
+    score(workspace, "packing-scores", max_length=1024, dtype="float16")
+    folders = {(name, packed): workspace / f"packing/{name}-{packed}" for name, packed in RUNS}
     jobs = [
         {
-            "stage": stage,
+            "stage": (stage := name.removesuffix("-scores")),
             "config": f"stage_configs/local/{stage}.toml",
             "override": [
                 f"checkpoint.save_dir={json.dumps(str(folder))}",
@@ -45,9 +49,10 @@ def runs(workspace: Path) -> dict[tuple[str, bool], Path]:
                 'mlflow.tracking_uri=""',
                 *STAGES[stage],
                 *([f"experiment.critic_checkpoint={json.dumps(str(critic))}"] if stage == "verifiable" else []),
+                *(SCORES if name != stage else []),
             ],
         }
-        for (stage, packed), folder in folders.items()
+        for (name, packed), folder in folders.items()
     ]
     start(workspace, jobs, RANKS)
     return folders
@@ -94,6 +99,16 @@ def test_almost_nothing_is_padding(runs, stage):
     steps = [step["data/padding"] for step in metrics(runs[stage, True]) if "data/padding" in step]
     assert len(steps) == STEPS
     assert max(steps) < 0.05
+
+
+def test_scores_in_float16_train_packed_rows_as_the_live_reference_does(runs):
+    """Which tokens are selected may differ where two are as good to a thousandth; the reference's losses may not."""
+    for live, cached in zip(metrics(runs["rho1", True]), metrics(runs["rho1-scores", True]), strict=True):
+        assert cached.keys() == live.keys()
+        if "train/loss" in live:
+            assert cached["train/loss"] == pytest.approx(live["train/loss"], rel=2e-3)
+            assert cached["rho1/reference_loss"] == pytest.approx(live["rho1/reference_loss"], rel=2**-11)
+            assert cached["rho1/selected_ratio"] == live["rho1/selected_ratio"]
 
 
 def test_no_step_waits_for_its_data(runs):

@@ -14,14 +14,19 @@ from wmtp_ds.config import load_config
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.run_data import open_data
+from wmtp_ds.scores.manifest import Manifest, Settings, read_manifest
+from wmtp_ds.scores.scoring import Scoring
+from wmtp_ds.scores.worker import Work
 
 pytestmark = pytest.mark.launch
 
 STEPS = 3
 # ranks, sequences of a micro-batch, accumulation steps: one global batch of 4.
 LAYOUTS = [(1, 1, 4), (1, 2, 2), (2, 2, 1), (4, 1, 1)]
+SCORED = [(1, 1, 4), (2, 2, 1)]  # those in which scores are tried
 SGD = ["training.optimizer=sgd", "training.learning_rate=0.05", "training.scheduler=linear"]
 ADAMW = ["training.optimizer=adamw", "training.learning_rate=1e-3", "training.weight_decay=0.1"]
+SCORES = ['models.reference.scores="parity-scores"', 'models.reference.path="nowhere"']
 # A head that starts at zero: a fresh critic's, without a seed to agree on.
 LINEAR = ['value_head.type="linear"']
 # Name -> stage and overrides; these do not depend on how the batch is cut.
@@ -35,8 +40,10 @@ INVARIANT = {
     ),
     "rho1-sequence": ("rho1", [*SGD, 'training.selection_scope="sequence"']),
 }
-# Compared with plain torch as well, in one layout: AdamW with clipping, and selection within micro-batches.
+# Compared with plain torch as well, in one layout: AdamW with clipping, selection within micro-batches, and the
+# reference's losses computed beforehand, with no reference to be found.
 MORE = {
+    "rho1-scores": ("rho1", [*SGD, 'training.selection_scope="sequence"', *SCORES]),
     "baseline-adamw": ("baseline", [*ADAMW, "training.max_grad_norm=0.5", "training.gradient_checkpointing=true"]),
     "critic-adamw": ("critic", [*ADAMW, *LINEAR]),
     "verifiable-adamw": ("verifiable", [*ADAMW, "training.value_lr=5e-3"]),
@@ -89,6 +96,7 @@ def trained(workspace: Path) -> Path:
     from wmtp_ds.handoff import save_value_head
     from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 
+    score(workspace, "parity-scores", max_length=256)
     (workspace / "critic").mkdir()
     save_value_head(
         workspace / "critic/value_head.safetensors",
@@ -100,6 +108,8 @@ def trained(workspace: Path) -> Path:
     )
     for layout in LAYOUTS:
         jobs = INVARIANT | MORE if layout == (2, 2, 1) else INVARIANT
+        if layout in SCORED:
+            jobs = jobs | {"rho1-scores": MORE["rho1-scores"]}
         start(workspace, [job(workspace, name, *spec, layout) for name, spec in jobs.items()], layout[0])
     for kernels, variables in {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}.items():
         jobs = [job(workspace, f"{kernels}-{name}", *(INVARIANT | MORE)[name], (2, 2, 1)) for name in IN_TRITON]
@@ -107,6 +117,16 @@ def trained(workspace: Path) -> Path:
             short["override"].append(f"training.max_steps={TRITON_STEPS}")
         start(workspace, jobs, 2, WMTP_KERNELS=kernels, **variables)
     return workspace
+
+
+def score(root: Path, name: str, **changes: object) -> Manifest:
+    """What `wmtp-ds data score` makes of a workspace's training data, a row at a time."""
+    models, data = root / "storage/models", root / "storage/data/sample/train.jsonl"
+    settings = {"template": "alpaca", "compute_dtype": "float32", "dtype": "float32", "correct_only": False} | changes
+    reference = models / "micro-reference"
+    what = Settings(shard_tokens=300, **settings)
+    work = Work((data,), root / name, reference, reference, what, batch_size=1, device="cpu", cache_dir=None)
+    return Scoring(work).run()[0]
 
 
 def random_head() -> ValueHead:
@@ -140,6 +160,24 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(trained: Path, name:
         assert found.keys() == expected_weights.keys()
         for tensor, value in expected_weights.items():
             torch.testing.assert_close(found[tensor], value, rtol=0, atol=3e-6, msg=f"{layout} {tensor}")
+
+
+def test_scores_train_as_the_live_reference_does(trained: Path) -> None:
+    """To the bit where a micro-batch is one row, as it was when it was scored; to rounding where rows are padded."""
+    for layout in SCORED:
+        live, cached = (losses(trained, f"rho1-{name}", layout) for name in ("sequence", "scores"))
+        expected, found = (weights(trained, f"rho1-{name}", layout) for name in ("sequence", "scores"))
+        if layout[1] == 1:
+            assert cached == live
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        else:
+            assert cached == pytest.approx(live, abs=2e-6)
+        tracked = json.loads(
+            (trained / "runs" / f"rho1-scores-{'x'.join(map(str, layout))}" / "tracking.json").read_text()
+        )
+        assert tracked["tags"]["reference_scores"] == "parity-scores (float32, computed in float32)"
+        fingerprint = read_manifest(trained / "parity-scores").reference.fingerprint
+        assert tracked["tags"]["reference_fingerprint"] == fingerprint
 
 
 @pytest.mark.parametrize("name", IN_TRITON)

@@ -16,10 +16,14 @@ from wmtp_ds.cli.main import main
 from wmtp_ds.config import load_config
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.data.text_encoder import TextEncoder
+from wmtp_ds.errors import UserError
 from wmtp_ds.look.columns import Looker, Solution, choose_rows
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.value_head import ValueHead
+from wmtp_ds.scores.manifest import Settings
+from wmtp_ds.scores.scoring import Scoring
+from wmtp_ds.scores.worker import Work
 from wmtp_ds.value_head_file import save_value_head
 
 STAGES = ("baseline", "critic", "verifiable", "rho1")
@@ -179,3 +183,26 @@ def test_what_cannot_be_looked_at(here: Path, tmp_path: Path, capsys: Any) -> No
         code, _, err = call(capsys, checkpoint, "--data", data, "--output", tmp_path / output)
         assert (code, "Traceback" in err) == (2, False)
         assert said in err
+
+
+@pytest.mark.parametrize("looked", ["rho1"], indirect=True)
+def test_a_run_that_read_scores_is_shown_with_the_model_that_was_scored(
+    looked: list[Solution], here: Path, head: ValueHead, tmp_path: Path
+) -> None:
+    folder = export(here, "rho1", head, tmp_path / "scored")
+    config = folder / "config.toml"
+    lines = [line for line in config.read_text().splitlines() if "micro-reference" not in line or "name" in line]
+    config.write_text("\n".join(lines).replace("[models.reference]", '[models.reference]\nscores = "nowhere"'))
+    with pytest.raises(UserError, match=r"nowhere does not exist. Name the reference model: path = ... under"):
+        Looker.load(folder, torch.device("cpu"))
+    reference = here / "storage/models/micro-reference"
+    data = here / "storage/data/sample/train.jsonl"
+    facts = {"template": "alpaca", "max_length": 256, "compute_dtype": "float32", "dtype": "float32"}
+    settings = Settings(correct_only=False, shard_tokens=999, **facts)
+    output = tmp_path / "scores"
+    Scoring(Work((data,), output, reference, reference, settings, batch_size=8, device="cpu", cache_dir=None)).run()
+    config.write_text(config.read_text().replace('"nowhere"', json.dumps(str(output))))
+    found = Looker.load(folder, torch.device("cpu")).look(choose_rows(data, 2, 2))
+    assert [column(solution, "reference").tolist() for solution in found] == [
+        column(solution, "reference").tolist() for solution in looked
+    ]

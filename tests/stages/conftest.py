@@ -77,7 +77,9 @@ def _make_batch(lengths: Sequence[tuple[int, int]], rewards: Sequence[float], si
 
 def _rows(batch: Batch, rows: Sequence[int], trim: bool = True) -> Batch:
     """Some sequences of a batch; without the padding that none of them needs if ``trim``."""
-    chosen = {field.name: getattr(batch, field.name)[list(rows)] for field in fields(batch)}
+    chosen = {
+        field.name: getattr(batch, field.name)[list(rows)] for field in fields(batch) if field.name != "reference"
+    }
     if trim:
         longest = int((chosen["segment_ids"] > 0).sum(1).max())
         chosen = {name: x[:, :longest] if x.dim() == 2 else x for name, x in chosen.items()}

@@ -18,6 +18,7 @@ from wmtp_ds import distributed, engine
 from wmtp_ds.bench import materialised
 from wmtp_ds.bench.memory import PeakMemory
 from wmtp_ds.bench.operations import Trains, Work, mfu, needed, nominal, peak_of
+from wmtp_ds.bench.scores import Scores, made_up_losses
 from wmtp_ds.bench.settings import CONFIG_FILE, MATERIALISED, StepSettings
 from wmtp_ds.bench.sizes import REFERENCES, SIZES
 from wmtp_ds.bench.timeline import (
@@ -79,6 +80,8 @@ def measure(workspace: Path) -> dict[str, Any]:
     settings = StepSettings.read(workspace)
     resolved = load_config(workspace / CONFIG_FILE, checks=False, environ={})
     data = open_data(resolved, world_size_from_launcher())
+    if settings.only_scores:
+        data.collator.reference = made_up_losses
     folder = RunFolder(Path(resolved.config.checkpoint.save_dir), "never")
     if is_main_process():
         folder.lock()
@@ -117,7 +120,12 @@ class _Measurement:
         largest = distributed.max_over_ranks(self._vector([statistics.median(seconds), *held.values()])).tolist()
         step, memory = largest[0], dict(zip(held, largest[1:], strict=True))
         figures = {"step_seconds": step, "step_seconds_each": seconds, "work": asdict(work), "memory": memory}
-        return figures | self._parts(step) if settings.divide else figures
+        compared = Scores(self._training) if settings.compare_scores else None
+        if compared is not None:
+            compared.interleave(settings.warmup, settings.steps)
+        if settings.divide:
+            figures |= self._parts(step)
+        return figures if compared is None else figures | {"scores": compared.figures()}
 
     def _parts(self, step: float) -> dict[str, Any]:
         """The second pass: each part's share, applied to a step's seconds of the first."""

@@ -20,7 +20,9 @@ def outside_share(figures: dict[str, Any]) -> float:
 
 def table(figures: dict[str, Any]) -> str:
     """What ``wmtp-ds bench step`` prints."""
-    return "\n".join([*_head(figures), "", *_rates(figures), "", *_parts(figures), *_comparison(figures)])
+    return "\n".join(
+        [*_head(figures), "", *_rates(figures), "", *_parts(figures), *_comparison(figures), *_scores(figures)]
+    )
 
 
 def _head(figures: dict[str, Any]) -> Iterator[str]:
@@ -85,6 +87,23 @@ def _comparison(figures: dict[str, Any]) -> Iterator[str]:
         f"{other['memory']['extra'] / _GIB:.3f} GiB extra"
     )
     yield f"this step is {ratios['time']:.2f}x as fast and takes 1/{ratios['memory']:.1f} of the extra memory"
+
+
+def _scores(figures: dict[str, Any]) -> Iterator[str]:
+    found = figures.get("scores")
+    if found is None:
+        return
+    live, cached = found["live_seconds"], found["scores_seconds"]
+    before, after = ({name: held / _GIB for name, held in one["memory"].items()} for one in (figures, found))
+    yield ""
+    yield (
+        f"with models.reference.scores: {_seconds(cached)} a step, and {_seconds(live)} with the reference "
+        f"({cached / live:.1%}; {len(found['live_seconds_each'])} steps each, in turn)"
+    )
+    yield (
+        f"between steps it holds {after['at_rest']:.3f} GiB instead of {before['at_rest']:.3f}, at the step's peak "
+        f"{after['peak']:.3f} instead of {before['peak']:.3f}"
+    )
 
 
 def _line(name: str, seconds: float, share: float) -> str:

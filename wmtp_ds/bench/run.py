@@ -31,16 +31,21 @@ def run_step(
 
     Returns:
         What ``measure.measure`` returns; compared, also the other arm's under "materialised", and under "compared" the
-        ratios of time and extra memory.
+        ratios of time and extra memory. With ``settings.compare_scores``, under "scores" the seconds of steps with the
+        reference and without it, and the memory of processes that have none.
 
     Raises:
         UserError: for what the user can mend: the config, the devices, a model that does not fit.
         RunError: if the ranks failed; they have said why.
     """
     figures = _run(settings, chosen, overrides)
+    if settings.compare_scores:
+        # What a freed engine leaves behind is no measure: processes that never had one tell what they hold.
+        alone = replace(settings, divide=False, compare_scores=False, only_scores=True)
+        figures["scores"]["memory"] = _run(alone, chosen, overrides)["memory"]
     if not compare_materialised:
         return figures
-    materialised = _run(replace(settings, logits=MATERIALISED, divide=False), chosen, overrides)
+    materialised = _run(replace(settings, logits=MATERIALISED, divide=False, compare_scores=False), chosen, overrides)
     return figures | {"materialised": materialised, "compared": compare(figures, materialised)}
 
 
@@ -71,7 +76,7 @@ def _run(settings: StepSettings, chosen: Sequence[str], overrides: Sequence[str]
             sys.exit(code)
         result = workspace / RESULT_FILE
         if code or not result.exists():
-            arm = f"the measurement with {settings.logits} logits"
+            arm = f"the measurement with {settings.logits} logits{' and scores' if settings.only_scores else ''}"
             raise RunError(f"{arm} ended with exit code {code}; what went wrong stands above.")
         figures: dict[str, Any] = json.loads(result.read_text())
         return figures
@@ -93,7 +98,7 @@ def memory_need(settings: StepSettings, resolved: Resolved) -> MemoryNeed:
     from wmtp_ds.stages.base import make_stage
 
     config, policy = resolved.config, SIZES[settings.size].parameters
-    reference = REFERENCES[settings.size].parameters if config.training.needs_reference else 0
+    reference = REFERENCES[settings.size].parameters if config.loads_reference else 0
     trains_policy = make_stage(settings.stage, config.training).trains_policy
     sixteen_bit = config.models.policy.dtype != "float32" and config.runtime.mixed_precision
     if trains_policy:

@@ -27,6 +27,9 @@ class StepSettings:
     logits: str = FUSED
     peak_tflops: float | None = None
     divide: bool = True  # whether there is a second pass, which tells where the time goes
+    # Whether steps are also taken without the reference, its losses at hand; or all of them, and it is not there.
+    compare_scores: bool = False
+    only_scores: bool = False
 
     def write(self, folder: Path) -> None:
         """Hand them to the ranks."""

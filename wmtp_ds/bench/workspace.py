@@ -62,6 +62,7 @@ def resolve(settings: StepSettings, folder: Path, chosen: Sequence[str], overrid
     defaults = [f"deepspeed.config={json.dumps(str(deepspeed))}"]
     if needs_reference:
         defaults.append(f"deepspeed.reference_config={json.dumps(str(root / 'ds_configs' / 'zero3_reference.json'))}")
+    scores = 2 * settings.warmup + 3 * settings.steps if settings.compare_scores else 0
     ours: dict[str, object] = {
         "experiment.name": f"bench-{stage}",
         "models.policy.path": str(folder / "policy"),
@@ -72,11 +73,13 @@ def resolve(settings: StepSettings, folder: Path, chosen: Sequence[str], overrid
         "data_sampling.n_samples": ROWS // 2,  # as many are correct
         "training.n_epochs": 1_000_000.0,
         # One between the two passes, and one more than are taken: the last step of a run is followed by other things.
-        "training.max_steps": settings.warmup + 2 * settings.steps + 2,
+        "training.max_steps": settings.warmup + 2 * settings.steps + 2 + scores,
         "checkpoint.save_dir": str(folder / "run"),
         "runtime.device": device,
         "mlflow.tracking_uri": "",
     }
+    if settings.only_scores:
+        ours["models.reference.scores"] = str(folder / "scores")
     if needs_reference:
         ours["models.reference.path"] = str(folder / "reference")
         # The reference computes in the policy's dtype.

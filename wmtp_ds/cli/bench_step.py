@@ -35,6 +35,9 @@ def _overrides(given: dict[str, Any]) -> list[str]:
 @click.option("--k-percent", type=float, help="Share of targets that rho1 selects. Default: the stage's config.")
 @click.option("--peak-tflops", type=FiniteRange(min=0, min_open=True), help="Of one rank's device, for the MFU.")
 @click.option("--compare-materialised", is_flag=True, help="Run it with all logits in memory, too, and compare.")
+@click.option(
+    "--compare-scores", is_flag=True, help="Also without the reference, its losses at hand (models.reference.scores)."
+)
 @click.option("--override", multiple=True, metavar="KEY=VALUE", help="Of the stage's config. May be repeated.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Write JSON and CSV there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -73,12 +76,16 @@ def _measure(
     k_percent: float | None,
     peak_tflops: float | None,
     compare_materialised: bool,
+    compare_scores: bool,
     override: tuple[str, ...],
 ) -> dict[str, Any]:
     from wmtp_ds.bench.run import run_step
     from wmtp_ds.bench.settings import StepSettings
+    from wmtp_ds.config.training import stage_names, training_class
     from wmtp_ds.launch import resolve_device
 
+    if compare_scores and stage in stage_names() and not training_class(stage).needs_reference:
+        raise click.UsageError(f"--compare-scores: stage {stage} has no reference model that scores could stand for.")
     device = resolve_device(device)
     size = size or ("1b" if device == "cuda" else "micro")
     settings = StepSettings(
@@ -91,6 +98,7 @@ def _measure(
         warmup=warmup,
         attention=attention,
         peak_tflops=peak_tflops,
+        compare_scores=compare_scores,
     )
     chosen = {
         "models.policy.dtype": dtype or ("float32" if device == "cpu" else None),

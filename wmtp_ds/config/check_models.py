@@ -14,6 +14,7 @@ from wmtp_ds.files import read_json
 from wmtp_ds.models.config_file import refuse_foreign_code
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 from wmtp_ds.models.tokenizer_file import vocabulary_of
+from wmtp_ds.scores.fit import KEY as SCORES
 
 _UNREADABLE = object()
 
@@ -56,8 +57,8 @@ def check_policy(context: Context) -> None:
 
 def check_reference(context: Context) -> None:
     """The reference's folder holds a model whose tokens mean the same as the policy's."""
-    if not (context.training and context.training.needs_reference):
-        return
+    if not (context.training and context.training.needs_reference) or context.get(SCORES) is not None:
+        return  # what is read are its losses, which `check_scores` looks at
     key = "models.reference.path"
     config = read_model_config(context, key)
     if config is None:

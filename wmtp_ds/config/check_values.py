@@ -173,6 +173,20 @@ def check_reward(context: Context) -> None:
         context.report("models.reward.path", message, 'set source = "model", or remove the path')
 
 
+def check_reference_is_named(context: Context) -> None:
+    """A stage that compares with a reference has its model, or what that has to say."""
+    key, scores = "models.reference.path", "models.reference.scores"
+    training = context.training
+    if not (training and training.needs_reference) or context.is_set(key) or context.is_set(scores):
+        return
+    message = f"is required by stage {training.stage}: the reference model's folder"
+    mend = (
+        'write path = "storage/models/micro-reference" under [models.reference], or name its losses of the data in '
+        "scores (wmtp-ds data score)"
+    )
+    context.report(key, message, mend)
+
+
 def check_precision(context: Context) -> None:
     """float16 needs a GPU, and a dtype that is not used should be known."""
     for model in ("policy", "reference", "reward"):
@@ -180,6 +194,8 @@ def check_precision(context: Context) -> None:
         dtype = context.get(key)
         if dtype is None or (model == "reward" and context.get("models.reward.source") != "model"):
             continue
+        if model == "reference" and context.get("models.reference.scores") is not None:
+            continue  # it computes nothing
         if dtype == "float16" and context.get("runtime.device") == "cpu":
             message = f"float16 does not train on a CPU (runtime.device, {context.origin('runtime.device')})"
             context.report(key, message, 'use "bfloat16" or "float32"')
@@ -249,6 +265,7 @@ VALUE_CHECKS: tuple[Check, ...] = (
     check_bin_names,
     check_curriculum,
     check_reward,
+    check_reference_is_named,
     check_precision,
     check_monitor,
     check_stability,

@@ -9,7 +9,7 @@ from wmtp_ds.config.context import Check, Context, why_no_file
 from wmtp_ds.config.deepspeed_keys import OWNED, TOP_KEYS, ZERO_KEYS, ZERO_NUMBERS, ZERO_OBJECTS
 from wmtp_ds.config.errors import did_you_mean
 from wmtp_ds.config.positions import json_lines
-from wmtp_ds.config.schema import ModelConfig, RewardConfig, RunConfig
+from wmtp_ds.config.schema import ReferenceConfig, RewardConfig, RunConfig
 from wmtp_ds.config.sources import excess
 from wmtp_ds.files import read_bytes, twice
 
@@ -258,7 +258,9 @@ def merge_training(config: RunConfig, values: dict[str, Any], world_size: int) -
     return merged
 
 
-def merge_reference(config: RunConfig, frozen: ModelConfig | RewardConfig, values: dict[str, Any]) -> dict[str, Any]:
+def merge_reference(
+    config: RunConfig, frozen: ReferenceConfig | RewardConfig, values: dict[str, Any]
+) -> dict[str, Any]:
     """The JSON of a frozen model with what the TOML owns filled in: no optimizer."""
     return {
         "timers": _NO_TIMERS,

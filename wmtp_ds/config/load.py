@@ -8,6 +8,7 @@ from pathlib import Path
 from wmtp_ds.config.check_critic import CRITIC_CHECKS, CRITIC_CHECKS_ONLINE
 from wmtp_ds.config.check_data import DATA_CHECKS
 from wmtp_ds.config.check_models import MODEL_CHECKS
+from wmtp_ds.config.check_scores import SCORE_CHECKS
 from wmtp_ds.config.check_values import VALUE_CHECKS
 from wmtp_ds.config.context import Context
 from wmtp_ds.config.deepspeed_file import DEEPSPEED_CHECKS
@@ -92,7 +93,8 @@ def load_config(
     schema = SchemaCheck(layers, stage, str(path), failed)
     context = Context(layers, schema.wrong, training_class(stage) if stage else None, str(path), environ)
     context.problems += [*problems, *schema.problems]
-    file_checks = (*DEEPSPEED_CHECKS, *MODEL_CHECKS, *(CRITIC_CHECKS_ONLINE if online else CRITIC_CHECKS), *DATA_CHECKS)
+    critic_checks = CRITIC_CHECKS_ONLINE if online else CRITIC_CHECKS
+    file_checks = (*DEEPSPEED_CHECKS, *MODEL_CHECKS, *SCORE_CHECKS, *critic_checks, *DATA_CHECKS)
     for check in (*VALUE_CHECKS, *(file_checks if checks else ())):
         check(context)
 

@@ -38,7 +38,7 @@ class ExperimentConfig(Table):
 
 
 class ModelConfig(Table):
-    """``[models.policy]`` and ``[models.reference]``: a model folder."""
+    """``[models.policy]``: a model folder."""
 
     name: str = Field(default="", description="a name for the reader")
     path: PathText = Field(description="the model's folder", examples=["storage/models/micro-policy"])
@@ -46,6 +46,24 @@ class ModelConfig(Table):
         default_factory=lambda values: values["path"], description="the tokenizer's folder; default: path"
     )
     dtype: Dtype = Field(default="bfloat16", description="the type that the model computes in")
+
+
+class ReferenceConfig(Table):
+    """``[models.reference]``: a model folder, or what that model has to say, computed beforehand; or both."""
+
+    name: str = Field(default="", description="a name for the reader")
+    path: PathText | None = Field(
+        default=None, description="the reference model's folder", examples=["storage/models/micro-reference"]
+    )
+    tokenizer_path: PathText | None = Field(
+        default_factory=lambda values: values["path"], description="the tokenizer's folder; default: path"
+    )
+    dtype: Dtype = Field(default="bfloat16", description="the type that the model computes in")
+    scores: PathText | None = Field(
+        default=None,
+        description="folder of the reference's losses, by `wmtp-ds data score`: the model is not loaded then",
+        examples=["storage/scores/sample"],
+    )
 
 
 class RewardConfig(Table):
@@ -67,7 +85,7 @@ class ModelsConfig(Table):
     """``[models]``: the models of the run."""
 
     policy: ModelConfig = Field(description="the model to train")
-    reference: ModelConfig | None = Field(default=None, description="the frozen reference model")
+    reference: ReferenceConfig | None = Field(default=None, description="the frozen reference model")
     reward: RewardConfig = Field(default=RewardConfig(), description="the source of rewards")
 
 
@@ -264,6 +282,20 @@ class RunConfig(BaseSettings):
     runtime: RuntimeConfig
     deepspeed: DeepSpeedConfig
     mlflow: MlflowConfig
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the reference model is in memory: the stage needs its losses, and they are not computed yet."""
+        reference = self.models.reference
+        return self.training.needs_reference and (reference is None or reference.scores is None)
+
+    @property
+    def reference_dtype(self) -> str:
+        """What the reference computes in, ``runtime.mixed_precision`` considered; "" without one."""
+        reference = self.models.reference
+        if reference is None:
+            return ""
+        return reference.dtype if self.runtime.mixed_precision else "float32"
 
     @classmethod
     def settings_customise_sources(

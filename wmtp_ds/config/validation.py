@@ -91,8 +91,11 @@ class SchemaCheck:
 
     @cached_property
     def _keys(self) -> dict[str, str]:
-        """For each name the first key of the schema that ends in it."""
-        return {key.rpartition(".")[2]: key for key in reversed(list(all_keys()))}
+        """For each name the first key of the schema that ends in it, or the table within a table."""
+        keys = list(reversed(list(all_keys())))
+        tables = [key.rpartition(".")[0] for key in keys]
+        inner = {table.rpartition(".")[2]: table for table in tables if "." in table}
+        return inner | {key.rpartition(".")[2]: key for key in keys}
 
     def _other_stage(self, path: KeyPath) -> tuple[str, str]:
         owners = stages_with(path)

@@ -1,8 +1,8 @@
 """What a model is given: tensors of tokens, and which of them belong together."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -46,6 +46,8 @@ class Batch:
             together, and nothing reaches from one id into another.
         row_ids: int64 [G], the rows of the data file, ``NO_ROW`` for a sequence that only fills up.
         correct: bool [G], ``is_correct`` of the row, whatever its reward comes from.
+        reference: float32 [B, S], the reference model's cross-entropy of each supervised token, 0 elsewhere, where it
+            was computed beforehand; else None.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +57,7 @@ class Batch:
     segment_ids: torch.Tensor
     row_ids: torch.Tensor
     correct: torch.Tensor
+    reference: torch.Tensor | None = field(default=None, kw_only=True)
 
     @property
     def packing(self) -> Packing | None:
@@ -81,9 +84,14 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on another device."""
-        moved = type(self)(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
-        object.__setattr__(moved, "_host", self.host)  # no field: a batch is its tensors
-        return moved
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in tensors.items()
+        }
+        batch = type(self)(**moved)
+        object.__setattr__(batch, "_host", self.host)  # no field: a batch is its tensors
+        return batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Rows become tensors: tokenisation, batches, and how a global batch is cut over ranks and micro-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,9 @@ from wmtp_ds.data.templates import Template
 from wmtp_ds.data.text_encoder import Pair, TextEncoder, encode_rows
 from wmtp_ds.data.token_cache import TokenCache
 
+# (row id, token ids [tokens], how many of the last of them are supervised) -> float32 [supervised]
+ReferenceLosses = Callable[[int, Rows, int], npt.NDArray[np.float32]]
+
 _PREFIX_TOKENS = 8  # more than any tokenizer puts in front of a text
 
 
@@ -30,6 +33,7 @@ class Collator:
     Attributes:
         truncated: prompts cut so far.
         skipped: solutions left out so far; `eligible_rows` keeps them from being drawn at all.
+        reference: what gives batches the reference model's losses, where they were computed beforehand.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Collator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.rewards = rewards
+        self.reference: ReferenceLosses | None = None
         self.truncated = 0
         self.skipped = 0
 
@@ -76,16 +81,27 @@ class Collator:
         """
         if not len(pairs):
             return self._lone()
-        sequences = [self._sequence(*pair) for pair in pairs]
+        return self.join([self.sequence(*pair) for pair in pairs], labels, row_ids)
+
+    def join(
+        self,
+        sequences: Sequence[tuple[Rows, int]],
+        labels: Sequence[bool] | npt.NDArray[np.bool_],
+        row_ids: Sequence[int] | Rows,
+    ) -> Batch:
+        """As `collate`, of at least one sequence that is made already (`sequence`)."""
         shape = len(sequences), self._width(max(len(tokens) for tokens, _ in sequences))
         input_ids = np.full(shape, self.encoder.pad_id, np.int64)
         supervised, segment_ids = np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+        losses = np.zeros(shape, np.float32)
         for b, (tokens, learned) in enumerate(sequences):
             end = len(tokens)
             input_ids[b, :end] = tokens
             supervised[b, end - learned : end] = True
             segment_ids[b, :end] = 1
-        return Batch(**self._tensors(input_ids, supervised, segment_ids, labels, row_ids))
+            if self.reference is not None:
+                losses[b, end - learned : end] = self.reference(int(row_ids[b]), tokens, learned)
+        return Batch(**self._tensors(input_ids, supervised, segment_ids, labels, row_ids), **self._given(losses))
 
     def pack(
         self,
@@ -97,11 +113,12 @@ class Collator:
         """Several sequences in a row: ``counts[b]`` in row ``b``, in order. Other arguments as in `collate`."""
         if not counts:
             return self._lone()
-        sequences = iter([self._sequence(*pair) for pair in pairs])
+        sequences = iter([self.sequence(*pair) for pair in pairs])
         rows = [list(islice(sequences, count)) for count in counts]
         shape = len(rows), self._width(max(sum(len(tokens) for tokens, _ in row) for row in rows))
         input_ids = np.full(shape, self.encoder.pad_id, np.int64)
         supervised, segment_ids = np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
+        losses = np.zeros(shape, np.float32)
         members, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         longest = max(len(tokens) for row in rows for tokens, _ in row)
         places = np.full((sum(map(len, rows)), longest), -1, np.int64)
@@ -113,16 +130,18 @@ class Collator:
                 input_ids[b, start:end] = tokens
                 supervised[b, end - learned : end] = True
                 segment_ids[b, start:end] = segment
+                if self.reference is not None:
+                    losses[b, end - learned : end] = self.reference(int(row_ids[g]), tokens, learned)
                 members[b, start:] = g
                 position_ids[b, start:] = np.arange(shape[1] - start)
                 places[g, : len(tokens)] = b * shape[1] + np.arange(start, end)
                 start, g = end, g + 1
-        tensors = self._tensors(input_ids, supervised, segment_ids, labels, row_ids)
+        tensors = self._tensors(input_ids, supervised, segment_ids, labels, row_ids) | self._given(losses)
         own = {"members": members, "position_ids": position_ids, "places": places}
         return PackedBatch(**tensors, **{name: torch.from_numpy(array) for name, array in own.items()})
 
-    def _sequence(self, prompt: npt.NDArray[np.integer], solution: npt.NDArray[np.integer]) -> tuple[Rows, int]:
-        """Token ids of a row, int64, and how many of the last of them are supervised."""
+    def sequence(self, prompt: npt.NDArray[np.integer], solution: npt.NDArray[np.integer]) -> tuple[Rows, int]:
+        """Token ids of a row's prompt and solution as one sequence, and how many of its last are supervised."""
         room = self.max_length - len(solution) - 2
         bos, eos = [self.encoder.bos_id], [self.encoder.eos_id]
         if room < 0:
@@ -132,6 +151,10 @@ class Collator:
             self.truncated += 1
             prompt = prompt[len(prompt) - room :]
         return np.concatenate([bos, prompt, solution, eos], dtype=np.int64), len(solution) + 1
+
+    def _given(self, losses: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
+        """The field ``reference`` of a `Batch`, where there is one."""
+        return {} if self.reference is None else {"reference": torch.from_numpy(losses)}
 
     def _width(self, longest: int) -> int:
         return -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -165,6 +188,7 @@ class Collator:
         input_ids[0, 0] = self.encoder.bos_id
         segment_ids = (np.arange(input_ids.shape[1]) == 0).astype(np.int32)[None]
         tensors = self._tensors(input_ids, np.zeros_like(input_ids, np.bool_), segment_ids, [False], [0])
+        tensors |= self._given(np.zeros(input_ids.shape, np.float32))
         return Batch(**tensors | {"rewards": torch.zeros(1), "row_ids": torch.tensor([NO_ROW])})
 
 

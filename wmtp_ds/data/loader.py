@@ -31,7 +31,7 @@ def load_batch(index: DataIndex, collator: Collator, row_ids: Rows, cache: Token
     Raises:
         RunError: the data file has changed since it was indexed.
     """
-    return collator.collate(*_read(index, collator, row_ids, cache), row_ids)
+    return collator.collate(*read_pairs(index, collator, row_ids, cache), row_ids)
 
 
 class Ranks(NamedTuple):
@@ -67,7 +67,7 @@ def load_packed(
         prompts, solutions = cache.lengths(row_ids)
         known = None
     else:
-        known = _read(index, collator, row_ids, None)
+        known = read_pairs(index, collator, row_ids, None)
         prompts, solutions = (np.array([len(ids) for ids in part], np.int64) for part in zip(*known[0], strict=True))
     lengths, capacity = collator.lengths(prompts, solutions).tolist(), collator.max_length
     if accumulation is None:
@@ -82,17 +82,17 @@ def load_packed(
     ]:
         places = [place for row in rows for place in row]
         if known is None:
-            pairs, labels = _read(index, collator, row_ids[places], cache)
+            pairs, labels = read_pairs(index, collator, row_ids[places], cache)
         else:
             pairs, labels = [known[0][place] for place in places], known[1][places]
         batches.append(collator.pack(pairs, labels, row_ids[places], [len(row) for row in rows]))
     return batches
 
 
-def _read(
+def read_pairs(
     index: DataIndex, collator: Collator, row_ids: Rows, cache: TokenCache | None
 ) -> tuple[list[Pair], npt.NDArray[np.bool_]]:
-    """Token ids and is_correct of rows."""
+    """Token ids of rows' prompts and solutions, and their is_correct; arguments as of `load_batch`."""
     if cache is not None:
         return cache.read(row_ids), index.is_correct[row_ids]
     rows = [index.read_row(int(i)) for i in row_ids]

@@ -20,6 +20,7 @@ from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.reference import ReferenceModel
 from wmtp_ds.models.value_head import ValueHead
 from wmtp_ds.run_summary import BEST, FINAL
+from wmtp_ds.scores.manifest import read_manifest
 from wmtp_ds.stages.base import Stage, StageModel, make_stage
 
 VALUE_HEAD = "value_head.safetensors"
@@ -80,8 +81,8 @@ class Looker:
             head.load_state_dict(found.state_dict)
         reference = None
         if training.needs_reference:
-            assert config.models.reference is not None
-            reference = ReferenceModel(load_policy(Path(config.models.reference.path), n_future_tokens=1)).eval()
+            reference_folder = _reference_folder(resolved, folder)
+            reference = ReferenceModel(load_policy(reference_folder, n_future_tokens=1)).eval()
             torch.nn.Module.to(reference, device)
         model = StageModel(policy, head, stage).eval()
         torch.nn.Module.to(model, device)
@@ -119,6 +120,26 @@ class Looker:
             found.append(Solution(row, line, tokens))
             on_done(1)
         return found
+
+
+def _reference_folder(resolved: Resolved, export: Path) -> Path:
+    """The reference model of a run, which may have read its losses alone.
+
+    Raises:
+        UserError: nothing says which it was.
+    """
+    reference = resolved.config.models.reference
+    assert reference is not None
+    if reference.path is not None:
+        return Path(reference.path)
+    assert reference.scores is not None
+    try:
+        return Path(read_manifest(Path(reference.scores)).reference.path)
+    except UserError as error:
+        raise UserError(
+            f"{export}: the run has read its reference's losses, and these solutions may be others: {error}. Name the "
+            f"reference model: path = ... under [models.reference] in {export / 'config.toml'}"
+        ) from None
 
 
 def find_export(checkpoint: Path) -> Path:

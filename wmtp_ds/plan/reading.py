@@ -56,12 +56,15 @@ def read_setup(resolved: Resolved, *, ranks: int, device: str, sizes: Sizes, ker
     policy = _shape("policy", Path(policy_config.path), sizes.policy, names, NAMED, notes)
     mixed = config.runtime.mixed_precision
     reference = None
-    if training.needs_reference:
+    if config.loads_reference:
         assert config.models.reference is not None
         model = config.models.reference
-        shape = _shape("reference", Path(model.path), sizes.reference, (model.name, str(model.path)), _PLAIN, notes)
+        assert model.path is not None
+        shape = _shape("reference", model.path, sizes.reference, (model.name, str(model.path)), _PLAIN, notes)
         zero = ZeroSettings.from_json(resolved.deepspeed_reference(), str(config.deepspeed.reference_config))
         reference = Frozen(shape.with_heads(1), _bytes(model.dtype, mixed), zero)
+    elif training.needs_reference:
+        notes.append("reference: none in memory; its losses are read from models.reference.scores")
     reward = None
     if config.models.reward.source == "model" and training.uses_rewards:
         reward = _reward(resolved, sizes, notes)
