@@ -331,12 +331,12 @@ class Training:
 
     def _look(self, pages: WeightPages) -> float:
         """A page of what the stage weighs now; returns the seconds that it took."""
-        began, before = time.monotonic(), pages.uniform
+        began, before = time.monotonic(), pages.silent
         written = pages.write(self.engine, self.reference, self.progress.step)
         if self.tracker is not None and written:
             self.tracker.log_artifact(pages.folder)
-        if self.tracker is not None and pages.uniform and not before:
-            self.tracker.set_tags({"weights": "uniform: every token weighs 1"})
+        if self.tracker is not None and pages.silent and not before:
+            self.tracker.set_tags({"weights": pages.silent})
         return time.monotonic() - began
 
     def _export(self, name: str) -> None:

@@ -160,6 +160,19 @@ def test_what_the_slow_server_was_told_is_complete(slow: Slow, critic: Child, cl
         assert [(p.step, p.value) for p in client.get_metric_history(run_id, name)] == wanted
 
 
+def test_the_pages_of_weights_are_on_the_server(slow: Slow, client, tmp_path: Path) -> None:
+    """One for each evaluation, of four ranks, as they lie in the run's folder."""
+    run_id = json.loads((slow.folder / "run.json").read_text())["mlflow_run_id"]
+    listed = [file.path for file in client.list_artifacts(run_id, "weights")]
+    assert listed == [f"weights/step_{step:08d}.{kind}" for step in (12, STEPS) for kind in ("html", "json")]
+    for path in listed:
+        fetched = Path(client.download_artifacts(run_id, path, str(tmp_path)))
+        assert fetched.read_bytes() == (slow.folder / path).read_bytes()
+    record = json.loads((slow.folder / listed[1]).read_text())
+    assert record["solutions"] == RANKS
+    assert sum(record["correct"]) + sum(record["incorrect"]) == record["tokens"] > 0
+
+
 def test_the_other_ranks_never_talk_to_the_server(slow: Slow) -> None:
     talked = [slow.port in ports for ports in slow.connections]
     assert talked == [True] + [False] * (RANKS - 1)

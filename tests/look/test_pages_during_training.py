@@ -157,8 +157,18 @@ def test_uniform_weights_are_looked_at_once(opened: Callable[..., Any], tmp_path
     data, engine = opened("baseline")
     pages = WeightPages(data, tmp_path, CPU)
     assert [pages.write(engine, None, step) for step in (1, 2)] == [False, False]
-    assert (pages.uniform, engine.passes) == (True, 1)
+    assert (pages.silent, engine.passes) == ("uniform: every token weighs 1", 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_does_not_say_what_it_weighs(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, engine = opened("baseline")
+    monkeypatch.setattr(type(engine.module.stage), "look", lambda *_: {})
+    pages = WeightPages(data, tmp_path, CPU)
+    assert [pages.write(engine, None, step) for step in (1, 2)] == [False, False]
+    assert ("neither weight nor value" in pages.silent, engine.passes) == (True, 1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

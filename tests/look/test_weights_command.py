@@ -179,3 +179,16 @@ def test_what_cannot_be_looked_at(here: Path, tmp_path: Path, capsys: Any) -> No
         code, _, err = call(capsys, checkpoint, "--data", data, "--output", tmp_path / output)
         assert (code, "Traceback" in err) == (2, False)
         assert said in err
+
+
+def test_numbers_that_are_not_finite(here: Path, head: ValueHead, tmp_path: Path, capsys: Any) -> None:
+    broken = ValueHead(64, "mlp")
+    broken.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        broken.output.bias.fill_(math.nan)
+    checkpoint = export(here, "critic", broken, tmp_path / "export")
+    arguments = ("--data", here / "storage/data/sample/train.jsonl", "--output", tmp_path / "x.html")
+    code, _, err = call(capsys, checkpoint, *arguments)
+    assert (code, "Traceback" in err) == (1, False)
+    assert "line 1, token 'def': value nan" in err
+    assert not (tmp_path / "x.html").exists()

@@ -48,7 +48,7 @@ class WeightPages:
         place = int(self._rows[0])  # read now: the file may be another one by then
         self._row, self._line = data.validation.read_row(place), int(data.validation.line[place])
         self._warned = False
-        self.uniform = False  # every token weighs 1, and always will: there is nothing to look at
+        self.silent = ""  # why there is nothing to look at, and never will be
 
     @property
     def folder(self) -> Path:
@@ -64,20 +64,24 @@ class WeightPages:
             step: optimizer steps taken.
 
         Returns:
-            Whether there is a new page: not for uniform weights, and not for numbers that are not finite. A disk that
-            is full is warned about, once.
+            Whether there is a new page: not for uniform weights (see ``silent``), nor for numbers that are not finite.
+            A disk that is full is warned about, once.
         """
-        if self.uniform:
+        if self.silent:
             return False
         columns = self._look(engine, reference)
         main = main_column(columns)
+        if main not in columns:
+            self.silent = "unknown: the stage's look has neither weight nor value"
+            return False
         decisions = self._batch.decisions
         correct_BS = self._batch.correct[:, None].expand_as(decisions)
         seen = torch.stack([columns[main].double(), correct_BS.double()], -1)[decisions]
         everything = distributed.gather_arrays(seen).numpy()
         # Of what all ranks have, so that all of them come to the same end.
-        self.uniform = columns.keys() == {"weight"} and bool((everything[:, 0] == 1).all())
-        if self.uniform or not np.isfinite(everything).all():
+        if columns.keys() == {"weight"} and (everything[:, 0] == 1).all():
+            self.silent = "uniform: every token weighs 1"
+        if self.silent or not np.isfinite(everything).all():
             return False
         if distributed.is_main():
             first = {name: column_BS[0][decisions[0]] for name, column_BS in columns.items()}

@@ -1,11 +1,13 @@
 """Figures of what a stage sees: by kind of token, by how far a solution is written, and as a distribution."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.look.columns import Solution
 from wmtp_ds.look.kinds import KINDS
 
@@ -18,6 +20,27 @@ Floats = npt.NDArray[np.float64]
 def main_column(columns: Collection[str]) -> str:
     """The column that tokens are shaded by: the weight, or the value where a stage weighs nothing."""
     return "weight" if "weight" in columns else "value"
+
+
+def check(solutions: Sequence[Solution], stage: str) -> None:
+    """Whether figures can be made of what a stage sees.
+
+    Raises:
+        UserError: it says neither what it weighs nor its values.
+        RunError: some of it is not finite.
+    """
+    columns = solutions[0].tokens[0].columns
+    main = main_column(columns)
+    if main not in columns:
+        raise UserError(f"the stage {stage} shows neither weights nor values: define its look (docs/stages.md)")
+    for solution in solutions:
+        for token in solution.tokens:
+            if not all(math.isfinite(value) for value in token.columns.values()):
+                bad = ", ".join(f"{name} {value}" for name, value in token.columns.items() if not math.isfinite(value))
+                raise RunError(
+                    f"line {solution.line}, token {token.text!r}: {bad}. The model's numbers are not finite: "
+                    "look at an earlier checkpoint"
+                )
 
 
 def values_of(solutions: Iterable[Solution], column: str, kind: str | None = None) -> Floats:
