@@ -76,7 +76,12 @@ def test_mlflow_run_makes_one_run_below_the_parent(critic: Child, client, worksp
     assert tracked.data.params["training.max_steps"] == "4"
     history = client.get_metric_history(tracked.info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4]
-    assert {file.path for file in client.list_artifacts(tracked.info.run_id)} == {"config.toml", "checkpoints", "plots"}
+    assert {file.path for file in client.list_artifacts(tracked.info.run_id)} == {
+        "config.toml",
+        "checkpoints",
+        "plots",
+        "weights",
+    }
     assert not (workspace / "never.db").exists()
 
 
