@@ -132,12 +132,14 @@ def test_pointing_at_a_token_shows_its_numbers(show: Callable[[str], Page], colu
     page = show(column)
     page.resize(*size)
     tokens = [t for problem in (1, 2) for correct in (True, False) for t in solution(correct, column, problem).tokens]
-    for number in (0, 1, 4, len(tokens) // 2, len(tokens) - 2, len(tokens) - 1):
-        page.evaluate(f"document.querySelectorAll('span.t')[{number}].scrollIntoView({{block: 'end'}})")
+    in_a_long_line = len(solution(True, column, 1).tokens) + 50
+    for number in (0, 1, 4, in_a_long_line, len(tokens) // 2, len(tokens) - 2, len(tokens) - 1):
+        page.evaluate(f"document.querySelectorAll('span.t')[{number}].scrollIntoView({{block: 'end', inline: 'end'}})")
         x, y = page.evaluate(
             f"(() => {{ const r = document.querySelectorAll('span.t')[{number}].getClientRects()[0];"
             "return [r.left + r.width / 2, r.top + r.height / 2]; })()"
         )
+        assert number != in_a_long_line or x > size[0] - 100, "at the right edge"
         page.point(x, y)
         tip = page.evaluate(TIP)
         assert tip["shown"]

@@ -23,7 +23,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-
 pre { background: #fafafa; border: 1px solid #ddd; border-left-width: 5px; padding: .6rem; overflow-x: auto; }
 pre.correct { border-left-color: #009e73; } pre.incorrect { border-left-color: #d55e00; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
-.pair > div { min-width: 0; } p, figcaption { overflow-wrap: anywhere; }
+p, figcaption { overflow-wrap: anywhere; }
 .note { color: #555; } td, th { padding: .1rem .8rem .1rem 0; text-align: right; } td:first-child { text-align: left; }
 span.t:hover { outline: 1px solid #222; }
 #tip { position: fixed; display: none; background: #222; color: #fff; font: 13px/1.4 monospace; padding: .4rem .6rem;
@@ -41,7 +41,7 @@ document.addEventListener("mouseover", event => {
 });
 document.addEventListener("mousemove", event => {
   const below = event.clientY + 18 + tip.offsetHeight <= innerHeight;
-  tip.style.left = Math.max(0, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth)) + "px";
+  tip.style.left = Math.max(0, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4)) + "px";
   tip.style.top = Math.max(0, below ? event.clientY + 18 : event.clientY - 8 - tip.offsetHeight) + "px";
 });
 """
