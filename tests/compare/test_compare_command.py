@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from wmtp_ds.checkpoint_files import write_manifest
 from wmtp_ds.config import load_config
@@ -142,6 +143,29 @@ def test_seeds_of_an_arm_are_one_group(make_run: Make, make_evaluation: Make, co
     row = next(line for line in out.splitlines() if line.startswith("| val/loss, last"))
     assert "1.1000 ± 0.0500" in row
     assert "0.6000 ± 0.0500" in row
+
+
+def test_what_is_drawn(make_run: Make, compare: Call, curve: Curve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm's points, in a panel for each metric that two of them have; all arms are named."""
+    drawn: list[dict[str, Any]] = []
+    names: list[str] = []
+
+    def look(figure: Figure, *_: object, **__: object) -> None:
+        for axis in figure.axes:
+            lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
+            drawn.append({"title": axis.get_title(), **lines})
+        names.extend(text.get_text() for text in figure.legends[0].get_texts())
+
+    monkeypatch.setattr(Figure, "tight_layout", look)
+    third = {step: {"train/loss": 1.0, "mine": 2.0} for step in (1, 2)}
+    runs = [make_run("one"), make_run("two", metrics=curve(1.0)), make_run("three", metrics=third)]
+    found = told(compare, *runs)
+    assert [panel["title"] for panel in drawn] == ["val/loss", "train/loss"]
+    for panel in drawn:
+        points = {run: [tuple(point) for point in values] for run, values in found["curves"][panel["title"]].items()}
+        assert panel == {"title": panel["title"]} | points
+    assert set(drawn[0]) == {"title", "one", "two"}
+    assert names == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "best"])

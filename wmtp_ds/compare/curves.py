@@ -22,6 +22,7 @@ def draw_curves(told: Mapping[str, Any], metrics: Sequence[str], picture: Path) 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(metrics), 3)
     rows = -(-len(metrics) // columns)
@@ -30,15 +31,19 @@ def draw_curves(told: Mapping[str, Any], metrics: Sequence[str], picture: Path) 
         for number, (arm, runs) in enumerate(told["arms"].items()):
             colour = COLOURS[number % len(COLOURS)]
             series = [_points(told["curves"][metric][run]) for run in runs if run in told["curves"][metric]]
-            _draw_arm(axis, arm, colour, series, is_first=number == 0)
+            if series:
+                _draw_arm(axis, arm, colour, series, is_first=number == 0)
         axis.set_title(metric)
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(metrics) :]:
         axis.remove()
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (3.3 * rows) * -(-len(names) // 4)))
+    # Not every arm is in every panel.
+    drawn = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    lines = {arm: drawn[arm] for arm in told["arms"] if arm in drawn}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (3.3 * rows) * -(-len(lines) // 4)))
     figure.savefig(picture, dpi=130, format="png")
     plt.close(figure)
 
@@ -56,6 +61,6 @@ def _draw_arm(axis: Any, arm: str, colour: str, series: Sequence[dict[int, float
         return
     for values in series:
         axis.plot(list(values), list(values.values()), linewidth=0.6, alpha=0.45, **style)
-    steps = sorted(set.intersection(*map(set, series))) if series else []
+    steps = sorted(set.intersection(*map(set, series)))
     means = [float(np.mean([values[step] for values in series])) for step in steps]
     axis.plot(steps, means, label=arm, linewidth=1.8, **style, **dots)
