@@ -205,3 +205,24 @@ def test_charts_are_drawn(show: Callable[[str], Page], column: str) -> None:
     assert json.loads(page.evaluate("JSON.stringify([...document.querySelectorAll('td:first-child')].length)")) == len(
         expected["by_kind"]
     )
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ({}, "npm and node are needed"),
+        ({"npm": "exit 1", "node": "exit 1"}, "returned non-zero exit status 1"),
+        ({"npm": "echo something else > x.tgz", "node": ""}, "what was fetched is not what is pinned"),
+    ],
+)
+def test_why_there_is_no_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: dict[str, str], said: str
+) -> None:
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UnavailableError, match=said):
+        find_browser()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
