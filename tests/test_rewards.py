@@ -13,7 +13,8 @@ from scipy.special import expit
 from wmtp_ds.data.index import DataIndex, build_index
 from wmtp_ds.data.rows import Row
 from wmtp_ds.errors import UserError
-from wmtp_ds.rewards import ScoreCache, Squash, model_key, score_rows, stored_scores
+from wmtp_ds.models.config_file import model_key
+from wmtp_ds.rewards import ScoreCache, Squash, score_rows, stored_scores
 
 FINITE = st.floats(-1e4, 1e4, width=32)
 

@@ -71,7 +71,8 @@ def test_a_resume_tells_the_tracker_from_which_step(training, source, tmp_path, 
     training.folder = SimpleNamespace(root=tmp_path, prepare=lambda _: None, source=lambda *_: source)
     training.checkpoints, training.device, training.tags = None, torch.device("cpu"), {}
     training.resolved = SimpleNamespace(toml=str, hash=str, flat=dict, warnings=[])
-    training.config = SimpleNamespace(experiment=SimpleNamespace(tags={}, stage="critic"), mlflow=None)
+    mlflow = SimpleNamespace(log_weights=False)
+    training.config = SimpleNamespace(experiment=SimpleNamespace(tags={}, stage="critic"), mlflow=mlflow)
     plan = SimpleNamespace(warnings=[], global_batch=4)
     training.data = SimpleNamespace(plan=plan, too_long=0, total_steps=9, train=[])
     training.display = SimpleNamespace(say=lambda _: None)

@@ -26,6 +26,7 @@ from wmtp_ds.data.index import DataIndex
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.errors import UserError
 from wmtp_ds.files import open_file
+from wmtp_ds.models.config_file import model_key
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, padded
 from wmtp_ds.run_data import RunData
@@ -119,16 +120,6 @@ def score_rows(
     places[order] = np.arange(len(order))
     result: Scores = scores_R.numpy()[places[np.asarray(row_ids, np.int64)]].astype(np.float32)
     return result
-
-
-def model_key(folder: Path) -> str:
-    """What tells a reward model from another: its small files' content, its weights' names, sizes and times."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        status = file.stat()
-        digest.update(f"{file.name}\0{status.st_size}\0".encode())
-        digest.update(file.read_bytes() if file.suffix == ".json" else str(status.st_mtime_ns).encode())
-    return digest.hexdigest()
 
 
 class ScoreCache:

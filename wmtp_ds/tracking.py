@@ -118,7 +118,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags of the run; a tag that is set again takes the new value."""
-        self._state.add_tags(_texts(tags, MAX_TAG_VALUE))
+        self._state.add_tags(texts_of(tags, MAX_TAG_VALUE))
         self._state.save(self.run_dir)
 
     def wait_for_run_id(self, timeout: float = 10.0) -> str | None:
@@ -294,11 +294,11 @@ def start_tracking(
     state.experiment = config.experiment
     state.tracking_uri = mlflow_client.mask_secrets(uri)
     state.artifact_location = mlflow_client.mask_secrets(config.s3_artifacts or "")
-    state.add_params(_texts(params, MAX_PARAM_VALUE))
+    state.add_params(texts_of(params, MAX_PARAM_VALUE))
     standard = {**_standard_tags(), **git_state(Path.cwd())}
     if config.parent_run_id:
         standard["mlflow.parentRunId"] = config.parent_run_id
-    state.add_tags(_texts({**standard, **tags}, MAX_TAG_VALUE))
+    state.add_tags(texts_of({**standard, **tags}, MAX_TAG_VALUE))
     if not uri:
         return NullTracker(run_dir, state, lock)
     return MlflowTracker(run_dir, state, lock, uri)
@@ -357,7 +357,7 @@ def _standard_tags() -> dict[str, str]:
     return tags
 
 
-def _texts(values: Mapping[str, object], longest: int) -> dict[str, str]:
+def texts_of(values: Mapping[str, object], longest: int) -> dict[str, str]:
     """As MLflow takes them: valid keys; values as text, without secrets, and not too long."""
     texts = {}
     for key, value in values.items():

@@ -30,6 +30,7 @@ from wmtp_ds.evaluation import evaluate
 from wmtp_ds.export import Exporter
 from wmtp_ds.guard import Guard
 from wmtp_ds.launch import resolve_device
+from wmtp_ds.look.during_training import WeightPages
 from wmtp_ds.machines import check_machines
 from wmtp_ds.metrics import WindowMetrics
 from wmtp_ds.models.loading import load_policy
@@ -138,8 +139,13 @@ class Training:
         self.progress = Progress()
         self.validation_batches = data.validation_batches(distributed.rank(), distributed.world_size())
         self.validation: dict[str, float] = {}
+        self.pages: WeightPages | None = None
         self.tracker: Tracker | None = None
-        self.tags = {"trunk_fingerprint": fingerprint, "dataset_fingerprint": data.train.fingerprint}
+        self.tags = {
+            "trunk_fingerprint": fingerprint,
+            "dataset_fingerprint": data.train.fingerprint,
+            "validation_fingerprint": data.validation.fingerprint,
+        }
         if data.scores is not None:
             self.tags |= data.scores.tags
 
@@ -287,6 +293,7 @@ class Training:
             progress.last_loss = loss
             progress.first_loss = loss if math.isnan(progress.first_loss) else progress.first_loss
         metrics["perf/step_time"] = seconds
+        metrics["perf/seconds"], metrics["perf/tokens_seen"] = progress.seconds, progress.tokens
         metrics["perf/tokens_per_s"] = progress.tokens / progress.seconds
         metrics["perf/data_wait"] = progress.waited / progress.seconds
         metrics["data/padding"] = 1 - tokens / places
@@ -309,18 +316,32 @@ class Training:
         return stop
 
     def _evaluate(self) -> None:
-        """Validate; a new best is exported."""
+        """Validate, and look at what the stage weighs; a new best is exported."""
+        began = time.monotonic()
         self.validation = evaluate(self.engine, self.validation_batches, self.device)
+        times = {"perf/evaluation_time": time.monotonic() - began}
+        if self.pages is not None:
+            times["perf/weights_time"] = self._look(self.pages)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in self.validation.items() if "head" not in name)
         self.display.say(f"step {self.progress.step:>6}/{self.data.total_steps}  {shown}")
         if self.tracker is not None:
-            self.tracker.log(self.progress.step, self.validation)
+            self.tracker.log(self.progress.step, self.validation | times)
         # Not `>=`: a loss that is NaN is never the best.
         if not self.validation["val/loss"] < self.progress.best:
             return
         self.progress.best = self.validation["val/loss"]
         if self.config.checkpoint.save_best:
             self._export(BEST)
+
+    def _look(self, pages: WeightPages) -> float:
+        """A page of what the stage weighs now; returns the seconds that it took."""
+        began, before = time.monotonic(), pages.silent
+        written = pages.write(self.engine, self.reference, self.progress.step)
+        if self.tracker is not None and written:
+            self.tracker.log_artifact(pages.folder)
+        if self.tracker is not None and pages.silent and not before:
+            self.tracker.set_tags({"weights": pages.silent})
+        return time.monotonic() - began
 
     def _export(self, name: str) -> None:
         run_id = None if self.tracker is None else self.tracker.run_id
@@ -383,6 +404,8 @@ class Training:
         distributed.barrier()
         source = self.folder.source(self.checkpoints, self.display.say)
         run_id = self._restore(source) if source is not None else None
+        if self.config.mlflow.log_weights:
+            self.pages = WeightPages(self.data, self.folder.root, self.device)
         if not self.main:
             return
         (self.folder.root / "config.toml").write_text(self.resolved.toml())

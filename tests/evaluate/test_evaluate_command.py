@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.evaluate import samples as samples_module
-from wmtp_ds.models.loading import load_policy, load_tokenizer
+from wmtp_ds.models.loading import load_policy, load_tokenizer, save_weights
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -141,6 +142,33 @@ def test_another_evaluation_in_the_folder(
     assert "out: holds another evaluation" in err
     told = figures(capsys, solver, "--problems", problems_file, "--max-new-tokens", 7, "--output", "out", "--force")
     assert told["figures"]["cut_off"] == 1.0
+
+
+def test_two_runs_are_compared_on_the_problems_that_both_were_asked(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What evaluate leaves is what compare reads; one model knows two answers of three, the other none."""
+    for name in ("knows", "guesses"):
+        export = here / "checkpoints" / name / "checkpoint_best"
+        shutil.copytree(solver, export)
+        (export / "metrics.json").write_text('{"step": 3}')
+        config = f'[experiment]\nname = "{name}"\nstage = "baseline"\n'
+        (export / "config.toml").write_text(config)
+        (export.parent / "config.toml").write_text(config)
+    policy = load_policy(solver)
+    torch.nn.init.normal_(policy.lm_head.weight)
+    save_weights(policy, here / "checkpoints/guesses/checkpoint_best")
+    for name in ("knows", "guesses"):
+        figures(capsys, f"checkpoints/{name}", "--problems", problems_file, *SHORT)
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "checkpoints/guesses", "checkpoints/knows", "--json"])
+    out, err = capsys.readouterr()
+    assert not ended.value.code, err
+    [record] = json.loads(out)["pass_at_k"]
+    assert (record["first"], record["second"], record["k"]) == ("guesses", "knows", 1)
+    assert (record["first_pass"], record["second_pass"]) == (0.0, pytest.approx(2 / 3))
+    assert (record["better"], record["worse"], record["problem_count"]) == (2, 0, 3)
+    assert record["interval"] == [0.0, 1.0]  # of three problems
 
 
 def test_what_people_see(solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

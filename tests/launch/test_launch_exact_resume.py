@@ -64,6 +64,12 @@ def trained(workspace: Path) -> Path:
     jobs = [job(workspace, stage, "straight") for stage in STAGES]
     for stage in STAGES:
         jobs.append(job(workspace, stage, "resumed", resume=f"checkpoints/{stage}-straight/step_{MIDDLE:08d}"))
+    for stage in ("verifiable", "rho1"):
+        unwatched = job(workspace, stage, "unwatched")
+        unwatched["override"] += ["mlflow.log_weights=false", f"training.max_steps={SHORT}"]
+        watched = job(workspace, stage, "watched")
+        watched["override"] += [f"training.max_steps={SHORT}"]
+        jobs += [unwatched, watched]
     changed = job(workspace, "baseline", "changed", resume=f"checkpoints/baseline-straight/step_{MIDDLE:08d}")
     changed["override"] += ["training.learning_rate=5e-4", "training.weight_decay=0.3", f"training.max_steps={SHORT}"]
     jobs.append(changed)
@@ -83,6 +89,42 @@ def test_what_may_change_is_not_the_checkpoints_to_decide(trained: Path) -> None
     groups = plain(file)["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert {group["initial_lr"] for group in groups} == {5e-4}
+
+
+@pytest.mark.parametrize("stage", ["verifiable", "rho1"])
+def test_looking_at_weights_changes_nothing(trained: Path, stage: str) -> None:
+    """Of the training: losses, weights, optimizer and random numbers of both ranks are the same to the bit."""
+    watched, unwatched = (trained / f"{stage}-{name}" for name in ("watched", "unwatched"))
+    assert metrics(watched) == metrics(unwatched)
+    files = sorted((unwatched / f"step_{SHORT:08d}").glob("*_states.pt"))
+    assert len(files) == 4
+    for file in files:
+        same(plain(watched / file.parent.name / file.name), plain(file), file.name)
+    assert len(list((watched / "weights").glob("*.html"))) == 2
+    assert not (unwatched / "weights").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pages_of_weights(trained: Path, stage: str) -> None:
+    """One an evaluation, the same whether the run was interrupted or not; a baseline weighs all alike."""
+    names = {
+        folder: sorted(path.name for path in (trained / f"{stage}-{folder}/weights").glob("*"))
+        for folder in ("straight", "resumed")
+    }
+    steps = [] if stage == "baseline" else [7, 14, STEPS]
+    assert names["straight"] == [f"step_{step:08d}.{kind}" for step in steps for kind in ("html", "json")]
+    assert names["resumed"] == names["straight"][2:]
+    for name in names["resumed"]:
+        pages = [(trained / f"{stage}-{folder}/weights/{name}").read_text() for folder in ("straight", "resumed")]
+        assert pages[0] == pages[1]
+    records = [json.loads((trained / f"{stage}-straight/weights/step_{step:08d}.json").read_text()) for step in steps]
+    assert [record["step"] for record in records] == steps
+    assert len({record["tokens"] for record in records}) <= 1
+    assert all(record["solutions"] == 2 for record in records), "a micro-batch of each of two ranks"
+    assert stage == "baseline" or records[0]["edges"] != records[2]["edges"] or stage == "rho1"
+    told = json.loads((trained / f"{stage}-straight/tracking.json").read_text())
+    assert ("weights" in [artifact["path"] for artifact in told["artifacts"]]) == bool(steps)
+    assert told["tags"].get("weights") == (None if steps else "uniform: every token weighs 1")
 
 
 @pytest.mark.parametrize("stage", STAGES)

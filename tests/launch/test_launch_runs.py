@@ -1,5 +1,6 @@
 """Runs from beginning to end through the real launcher: checkpoints, resume, handoff, tracking, signals, ranks."""
 
+import hashlib
 import json
 import os
 import re
@@ -146,10 +147,15 @@ def test_what_is_tracked(runs: Path, stage: str) -> None:
     assert re.fullmatch("[0-9a-f]{16}", tags["config_hash"])
     assert re.fullmatch("[0-9a-f]{64}", tags["trunk_fingerprint"])
     assert re.fullmatch("[0-9a-f]{64}", tags["dataset_fingerprint"])
+    validation = (runs / params["dataset.validation"]).read_bytes()
+    assert tags["validation_fingerprint"] == hashlib.sha256(validation).hexdigest()
     assert params["experiment.stage"] == stage
     assert params["training.max_steps"] == str(STEPS)
     expected = {"train/loss", "val/loss", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/step_time"}
-    expected |= {"perf/mem_gib"}
+    expected |= {"perf/mem_gib", "perf/seconds", "perf/evaluation_time", "perf/weights_time"}
+    summary = json.loads((runs / f"checkpoints/{stage}/run.json").read_text())
+    assert found["perf/tokens_seen"] == pytest.approx(summary["tokens_per_s"] * summary["seconds"])
+    assert found["perf/seconds"] == pytest.approx(summary["seconds"])
     if stage != "critic":
         expected |= {f"train/loss_head_{k}" for k in range(1, 5)} | {f"val/loss_head_{k}" for k in range(1, 5)}
     if stage in ("critic", "verifiable"):
@@ -162,7 +168,8 @@ def test_what_is_tracked(runs: Path, stage: str) -> None:
         assert found["rho1/selected_ratio"] == pytest.approx(0.6, abs=0.02)
     assert expected <= found.keys()
     names = {artifact.path for artifact in client(runs).list_artifacts(tracked.info.run_id)}
-    assert names == {"config.toml", "checkpoints", "plots"}
+    assert names == {"config.toml", "checkpoints", "plots"} | ({"weights"} if stage != "baseline" else set())
+    assert tags.get("weights", "") == ("uniform: every token weighs 1" if stage == "baseline" else "")
 
 
 def test_the_critic_keeps_two_checkpoints_and_exports_no_trunk(runs: Path) -> None:

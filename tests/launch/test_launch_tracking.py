@@ -76,7 +76,12 @@ def test_mlflow_run_makes_one_run_below_the_parent(critic: Child, client, worksp
     assert tracked.data.params["training.max_steps"] == "4"
     history = client.get_metric_history(tracked.info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4]
-    assert {file.path for file in client.list_artifacts(tracked.info.run_id)} == {"config.toml", "checkpoints", "plots"}
+    assert {file.path for file in client.list_artifacts(tracked.info.run_id)} == {
+        "config.toml",
+        "checkpoints",
+        "plots",
+        "weights",
+    }
     assert not (workspace / "never.db").exists()
 
 
@@ -158,6 +163,19 @@ def test_what_the_slow_server_was_told_is_complete(slow: Slow, critic: Child, cl
         wanted = [(line["step"], line["metrics"][name]) for line in lines if name in line["metrics"]]
         assert len(wanted) >= 2
         assert [(p.step, p.value) for p in client.get_metric_history(run_id, name)] == wanted
+
+
+def test_the_pages_of_weights_are_on_the_server(slow: Slow, client, tmp_path: Path) -> None:
+    """One for each evaluation, of four ranks, as they lie in the run's folder."""
+    run_id = json.loads((slow.folder / "run.json").read_text())["mlflow_run_id"]
+    listed = [file.path for file in client.list_artifacts(run_id, "weights")]
+    assert listed == [f"weights/step_{step:08d}.{kind}" for step in (12, STEPS) for kind in ("html", "json")]
+    for path in listed:
+        fetched = Path(client.download_artifacts(run_id, path, str(tmp_path)))
+        assert fetched.read_bytes() == (slow.folder / path).read_bytes()
+    record = json.loads((slow.folder / listed[1]).read_text())
+    assert record["solutions"] == RANKS
+    assert sum(record["correct"]) + sum(record["incorrect"]) == record["tokens"] > 0
 
 
 def test_the_other_ranks_never_talk_to_the_server(slow: Slow) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
@@ -206,3 +207,16 @@ def test_a_run_that_read_scores_is_shown_with_the_model_that_was_scored(
     assert [column(solution, "reference").tolist() for solution in found] == [
         column(solution, "reference").tolist() for solution in looked
     ]
+
+
+def test_numbers_that_are_not_finite(here: Path, head: ValueHead, tmp_path: Path, capsys: Any) -> None:
+    checkpoint = export(here, "verifiable", head, tmp_path / "export")
+    [file] = checkpoint.glob("model*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(math.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ("--data", here / "storage/data/sample/train.jsonl", "--output", tmp_path / "x.html")
+    code, _, err = call(capsys, checkpoint, *arguments)
+    assert (code, "Traceback" in err) == (1, False)
+    assert re.search(r"line 1, token 'def': .*value nan", err)
+    assert not (tmp_path / "x.html").exists()

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("wmtp_ds.cli.bench:bench", "Measure the loss kernels and whole training steps."),
     "evaluate": ("wmtp_ds.cli.evaluate:evaluate", "Measure how good a model is: pass@k, accuracy, perplexity."),
     "weights": ("wmtp_ds.cli.weights:weights", "Show what a trained stage looks at, token by token."),
+    "compare": ("wmtp_ds.cli.compare:compare", "Compare runs: config, metrics, curves, pass@k with intervals."),
     "checkpoint": ("wmtp_ds.cli.checkpoint:checkpoint", "List, verify and prune the checkpoints of runs."),
     "track": ("wmtp_ds.cli.track:track", "Work with the metrics of runs."),
     "plan": ("wmtp_ds.cli.plan:plan", "Work out the memory that a config takes."),

@@ -47,7 +47,7 @@ def weights(
     from wmtp_ds.look.columns import Looker, choose_rows
     from wmtp_ds.look.page import render
     from wmtp_ds.look.picture import draw
-    from wmtp_ds.look.statistics import summary
+    from wmtp_ds.look.statistics import check, summary
 
     if output is not None:
         check_output(output, [data], force=force)
@@ -58,8 +58,9 @@ def weights(
         found = looker.look(rows, advance)
     if not found:
         raise UserError(f"--data {data}: every solution is longer than dataset.max_length of the run")
-    figures = summary(found)
     config = looker.resolved.config
+    check(found, config.experiment.stage)
+    figures = summary(found)
     title = f"{config.experiment.stage}: {config.experiment.name}"
     if output is not None:
         facts = {"checkpoint": str(checkpoint), "data": str(data), "solutions": str(len(found))}

@@ -55,7 +55,7 @@ class Resolved:
         Items of a list of tables have their index as a part of the key (``curriculum_schedule.0.epoch_range``),
         so that every key is a name that MLflow takes. Values are texts, numbers, booleans, and lists of these.
         """
-        return {".".join(map(str, path)): value for path, value in _leaves(plain_values(self.given or self.config), ())}
+        return {".".join(map(str, path)): value for path, value in leaves(plain_values(self.given or self.config), ())}
 
     def toml(self) -> str:
         """The resolved config as TOML, without references; it loads to the same values. Credentials are masked."""
@@ -125,13 +125,14 @@ def _plain(value: Any, path: KeyPath, config: RunConfig) -> Any:
     return mask_urls(str(value)) if isinstance(value, str | Path) else value
 
 
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value in tables, with its path; items of a list of tables have their index in it."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, (*path, key))
+            yield from leaves(item, (*path, key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
+            yield from leaves(item, (*path, index))
     else:
         yield path, value
 

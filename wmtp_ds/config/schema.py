@@ -252,6 +252,9 @@ class MlflowConfig(Table):
         default="", description="s3://bucket/prefix, without credentials, for artifacts; '' leaves it to MLflow"
     )
     parent_run_id: str = Field(default="", description="MLflow run under which this one is nested; '' for none")
+    log_weights: bool = Field(
+        default=True, description="a page at every evaluation: a histogram of weights, and one solution shaded by them"
+    )
 
 
 class RunConfig(BaseSettings):

@@ -17,13 +17,14 @@ from wmtp_ds import __version__
 from wmtp_ds.data.dataset_files import code_version, fingerprint_of
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.evaluate.files import SUMMARY
 from wmtp_ds.evaluate.model import Place, load_model
 from wmtp_ds.evaluate.problems import Problem, ProblemSet
-from wmtp_ds.evaluate.results import SUMMARY, VERDICTS, judge, summarise, write_results
+from wmtp_ds.evaluate.results import VERDICTS, judge, summarise, write_results
 from wmtp_ds.evaluate.samples import Prompter, SampleFiles, SampleOptions, draw_samples
 from wmtp_ds.evaluate.teacher import predict
 from wmtp_ds.files import read_json
-from wmtp_ds.rewards import model_key
+from wmtp_ds.models.config_file import model_key
 
 # (what is being done, what is counted) -> a context that gives start(total) and advance(count).
 Progress = Callable[[str, str], AbstractContextManager[tuple[Callable[[int], None], Callable[[int], None]]]]

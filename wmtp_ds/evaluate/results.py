@@ -10,12 +10,13 @@ from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.labels import Group, Label, label_groups
 from wmtp_ds.evaluate.answers import same_text
 from wmtp_ds.evaluate.estimator import bootstrap_interval, pass_at_k
+from wmtp_ds.evaluate.files import RESULTS, SUMMARY
 from wmtp_ds.evaluate.problems import Problem
 from wmtp_ds.evaluate.samples import Sample
 from wmtp_ds.files import write_atomically
 
 _AT_ONCE = 64  # programs between two entries in the journal
-VERDICTS, RESULTS, SUMMARY = "verdicts", "results.jsonl", "summary.json"
+VERDICTS = "verdicts"
 
 
 @dataclass(frozen=True)

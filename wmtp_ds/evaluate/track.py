@@ -4,7 +4,7 @@ from typing import Any
 
 from wmtp_ds.config.schema import MlflowConfig
 from wmtp_ds.evaluate.evaluation import Evaluation
-from wmtp_ds.evaluate.results import RESULTS, SUMMARY
+from wmtp_ds.evaluate.files import RESULTS, SUMMARY
 from wmtp_ds.tracking import start_tracking
 from wmtp_ds.tracking_state import TrackingState
 

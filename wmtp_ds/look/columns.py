@@ -1,6 +1,6 @@
 """The stage of a run, its model and some rows -> what the stage sees in every token of their solutions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from wmtp_ds.data.batches import Collator
 from wmtp_ds.data.index import DataIndex, build_index
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import get_template
+from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.errors import UserError
 from wmtp_ds.handoff import load_value_head
 from wmtp_ds.look.kinds import kinds_of
@@ -108,16 +109,8 @@ class Looker:
                 moved = batch.to(self.device)
                 reference_BS = None if self.reference is None else self.reference(moved)
                 columns = self.stage.look(self.model, moved, reference_BS)
-            decisions = batch.decisions[0].nonzero().flatten()
-            values = {name: column_BS[0].float().cpu()[decisions].tolist() for name, column_BS in columns.items()}
-            spans = [*self.collator.encoder.spans(row.output), (len(row.output), len(row.output))]
-            assert len(spans) == len(decisions), "a token for each decision"
-            kinds = kinds_of(row.output, spans)
-            tokens = [
-                Token(row.output[begin:end], kind, {name: column[place] for name, column in values.items()})
-                for place, ((begin, end), kind) in enumerate(zip(spans, kinds, strict=True))
-            ]
-            found.append(Solution(row, line, tokens))
+            first = {name: column_BS[0].float().cpu()[batch.decisions[0]] for name, column_BS in columns.items()}
+            found.append(Solution(row, line, tokens_of(row, first, self.collator.encoder)))
             on_done(1)
         return found
 
@@ -140,6 +133,23 @@ def _reference_folder(resolved: Resolved, export: Path) -> Path:
             f"{export}: the run has read its reference's losses, and these solutions may be others: {error}. Name the "
             f"reference model: path = ... under [models.reference] in {export / 'config.toml'}"
         ) from None
+
+
+def tokens_of(row: Row, columns: Mapping[str, torch.Tensor], encoder: TextEncoder) -> list[Token]:
+    """The tokens of a solution, the end token included.
+
+    Args:
+        row: of the solution.
+        columns: by name, an entry for each of its decisions, in order: float ``[decisions]``.
+        encoder: that made its token ids.
+    """
+    spans = [*encoder.spans(row.output), (len(row.output), len(row.output))]
+    values = {name: column.tolist() for name, column in columns.items()}
+    assert all(len(column) == len(spans) for column in values.values()), "a token for each decision"
+    return [
+        Token(row.output[begin:end], kind, {name: column[place] for name, column in values.items()})
+        for place, ((begin, end), kind) in enumerate(zip(spans, kinds_of(row.output, spans), strict=True))
+    ]
 
 
 def find_export(checkpoint: Path) -> Path:

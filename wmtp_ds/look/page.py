@@ -22,12 +22,15 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 pre { background: #fafafa; border: 1px solid #ddd; border-left-width: 5px; padding: .6rem; overflow-x: auto; }
 pre.correct { border-left-color: #009e73; } pre.incorrect { border-left-color: #d55e00; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+p, figcaption { overflow-wrap: anywhere; }
 .note { color: #555; } td, th { padding: .1rem .8rem .1rem 0; text-align: right; } td:first-child { text-align: left; }
 span.t:hover { outline: 1px solid #222; }
 #tip { position: fixed; display: none; background: #222; color: #fff; font: 13px/1.4 monospace; padding: .4rem .6rem;
   white-space: pre; pointer-events: none; border-radius: 3px; }
-.charts { display: flex; flex-wrap: wrap; gap: 1.5rem; } svg text { font-size: 11px; fill: #444; }
+.charts { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; max-width: 100%; }
+svg { max-width: 100%; height: auto; } table { display: block; overflow-x: auto; }
+svg text { font-size: 11px; fill: #444; }
 """
 _SCRIPT = """
 const tip = document.getElementById("tip");
@@ -37,8 +40,9 @@ document.addEventListener("mouseover", event => {
   if (token) tip.textContent = token.dataset.tip;
 });
 document.addEventListener("mousemove", event => {
-  tip.style.left = Math.min(event.clientX + 14, innerWidth - 260) + "px";
-  tip.style.top = (event.clientY + 18) + "px";
+  const below = event.clientY + 18 + tip.offsetHeight <= innerHeight;
+  tip.style.left = Math.max(0, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4)) + "px";
+  tip.style.top = Math.max(0, below ? event.clientY + 18 : event.clientY - 8 - tip.offsetHeight) + "px";
 });
 """
 
@@ -117,8 +121,9 @@ def _kinds(table: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 def _frame(content: str, title: str, left: str, right: str, top: str) -> str:
     base, end = _HEIGHT - _MARGIN, _WIDTH - _MARGIN
+    size = f'width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg width="{_WIDTH}" height="{_HEIGHT}" role="img">'
+        f'<figure><figcaption>{escape(title)}</figcaption><svg {size} role="img">'
         f'<path d="M{_MARGIN} 10V{base}H{end}" fill="none" stroke="#888"/>{content}'
         f'<text x="{_MARGIN}" y="{base + 15}">{left}</text>'
         f'<text x="{end}" y="{base + 15}" text-anchor="end">{right}</text>'

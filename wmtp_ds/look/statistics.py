@@ -1,11 +1,13 @@
 """Figures of what a stage sees: by kind of token, by how far a solution is written, and as a distribution."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.look.columns import Solution
 from wmtp_ds.look.kinds import KINDS
 
@@ -15,10 +17,30 @@ STRETCHES = 20
 Floats = npt.NDArray[np.float64]
 
 
-def main_column(solutions: Sequence[Solution]) -> str:
+def main_column(columns: Collection[str]) -> str:
     """The column that tokens are shaded by: the weight, or the value where a stage weighs nothing."""
-    columns = solutions[0].tokens[0].columns
     return "weight" if "weight" in columns else "value"
+
+
+def check(solutions: Sequence[Solution], stage: str) -> None:
+    """Whether figures can be made of what a stage sees.
+
+    Raises:
+        UserError: it says neither what it weighs nor its values.
+        RunError: some of it is not finite.
+    """
+    columns = solutions[0].tokens[0].columns
+    main = main_column(columns)
+    if main not in columns:
+        raise UserError(f"the stage {stage} shows neither weights nor values: define its look (docs/stages.md)")
+    for solution in solutions:
+        for token in solution.tokens:
+            if not all(math.isfinite(value) for value in token.columns.values()):
+                bad = ", ".join(f"{name} {value}" for name, value in token.columns.items() if not math.isfinite(value))
+                raise RunError(
+                    f"line {solution.line}, token {token.text!r}: {bad}. The model's numbers are not finite: "
+                    "look at an earlier checkpoint"
+                )
 
 
 def values_of(solutions: Iterable[Solution], column: str, kind: str | None = None) -> Floats:
@@ -62,21 +84,29 @@ def trajectory(solutions: Sequence[Solution], column: str) -> dict[str, list[flo
 
 
 def distribution(solutions: Sequence[Solution], column: str) -> dict[str, list[float]]:
-    """A histogram: ``edges`` (one more than bins), and how many tokens of right and of wrong solutions are in each."""
-    values = values_of(solutions, column)
+    """As `histogram`, of all tokens of solutions."""
+    correct = [solution.row.is_correct for solution in solutions for _ in solution.tokens]
+    return histogram(values_of(solutions, column), np.array(correct, np.bool_))
+
+
+def histogram(values: Floats, correct: npt.NDArray[np.bool_]) -> dict[str, list[float]]:
+    """``edges`` (one more than bins), and how many tokens of right and of wrong solutions are in each bin.
+
+    Args:
+        values: of tokens, all finite, ``[N]``.
+        correct: whether the solution of each is right, ``[N]``.
+    """
     low, high = float(values.min()), float(values.max())
     edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
-    counts = {
-        name: np.histogram(values_of((s for s in solutions if s.row.is_correct is is_correct), column), edges)[0]
-        for name, is_correct in (("correct", True), ("incorrect", False))
-    }
-    return {"edges": edges.tolist(), **{name: count.astype(float).tolist() for name, count in counts.items()}}
+    kinds = {"correct": correct, "incorrect": ~correct}
+    counts = {name: np.histogram(values[kind], edges)[0].astype(float).tolist() for name, kind in kinds.items()}
+    return {"edges": edges.tolist(), **counts}
 
 
 def summary(solutions: Sequence[Solution]) -> dict[str, Any]:
     """Everything, for JSON."""
     columns = list(solutions[0].tokens[0].columns)
-    main = main_column(solutions)
+    main = main_column(columns)
     figures: dict[str, Any] = {
         "solutions": len(solutions),
         "problems": len({solution.row.problem_id for solution in solutions}),

@@ -1,5 +1,6 @@
 """A model folder's config.json, without torch."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,16 @@ def read_json_object(file: Path, lack: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object. Copy the model again.")
     return content
+
+
+def model_key(folder: Path) -> str:
+    """What tells a model's folder from another: its small files' content, its weights' names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        status = file.stat()
+        digest.update(f"{file.name}\0{status.st_size}\0".encode())
+        digest.update(file.read_bytes() if file.suffix == ".json" else str(status.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 def read_config_fields(folder: Path) -> dict[str, Any]:

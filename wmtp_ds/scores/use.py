@@ -2,13 +2,14 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from wmtp_ds.config import Resolved
 from wmtp_ds.errors import UserError
 from wmtp_ds.run_data import RunData
 from wmtp_ds.scores.fit import KEY, TokenIds, Wanted, find_input, reasons
-from wmtp_ds.scores.manifest import MEND, read_manifest, what_is_damaged
+from wmtp_ds.scores.manifest import MEND, Input, Manifest, read_manifest, what_is_damaged
 from wmtp_ds.scores.reader import ReferenceScores
 
 logger = logging.getLogger("wmtp_ds")
@@ -52,10 +53,7 @@ def use_scores(resolved: Resolved, data: RunData) -> None:
     assert scored is not None, "its absence is a reason"
     if thorough:
         logger.info("checking the reference scores in %s", folder)
-    for file in scored.files():
-        if problem := what_is_damaged(folder, file, contents=thorough):
-            raise UserError(f"{KEY}: {problem}: {MEND}")
-    scores = ReferenceScores(folder, manifest, scored)
+    scores = _open(folder, manifest, scored, thorough)
     missing = scores.unscored(data.train_rows())
     if len(missing):
         where = data.train.where(int(missing[0]))
@@ -65,6 +63,19 @@ def use_scores(resolved: Resolved, data: RunData) -> None:
             f"or score all rows: {wanted.command()} --force"
         )
     data.scores = data.collator.reference = scores
+    # Of the validation data, too, if they were scored: the pages of each evaluation need them, and nothing else does.
+    held_out = replace(wanted, data=data.validation.path, data_sha256=data.validation.fingerprint)
+    if (shown := find_input(manifest, held_out)) is not None:
+        of_validation = _open(folder, manifest, shown, thorough)
+        if not len(of_validation.unscored(data.validation_rows)):
+            data.validation_collator.reference = of_validation
+
+
+def _open(folder: Path, manifest: Manifest, scored: Input, thorough: bool) -> ReferenceScores:
+    for file in scored.files():
+        if problem := what_is_damaged(folder, file, contents=thorough):
+            raise UserError(f"{KEY}: {problem}: {MEND}")
+    return ReferenceScores(folder, manifest, scored)
 
 
 def _again(wanted: Wanted) -> str:

@@ -162,11 +162,13 @@ class StageModel(nn.Module):
     def forward(
         self, batch: Batch, totals: Totals | None = None, reference_BS: Tensor | None = None, mode: str = "loss"
     ) -> Any:
-        """The stage's loss of a micro-batch; or its values ``[B, S, 1]``, or its evaluation, by ``mode``."""
+        """The stage's loss of a micro-batch; or its values ``[B, S, 1]``, its evaluation, its look, by ``mode``."""
         if mode == "values":
             return self.values(self.trunk(batch))
         if mode == "evaluate":
             return self.evaluate(batch)
+        if mode == "look":
+            return self.stage.look(self, batch, reference_BS)
         assert totals is not None
         output = self.stage.loss(self, batch, totals, reference_BS)
         # A plain tuple: DeepSpeed's hooks look for tensors in tuples and dicts, not in classes of ours.
