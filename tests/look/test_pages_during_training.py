@@ -157,8 +157,12 @@ def test_reference_losses_that_were_computed_beforehand(
     """With those of the validation data the page is the model's own; without them there is none."""
     reference = here / "storage/models/micro-reference"
     inputs = tuple(here / f"storage/data/sample/{name}.jsonl" for name in files)
-    settings = Settings("alpaca", 256, "float32", "float32", False, 2**20)
-    Scoring(Work(inputs, tmp_path / "scores", reference, reference, settings, 4, "cpu", None)).run()
+    settings = Settings(
+        template="alpaca", max_length=256, compute_dtype="float32", dtype="float32", correct_only=False,
+        shard_tokens=2**20,
+    )  # fmt: skip
+    work = Work(inputs, tmp_path / "scores", reference, reference, settings, batch_size=4, device="cpu", cache_dir=None)
+    Scoring(work).run()
     data, engine = opened("rho1", f'models.reference.scores="{tmp_path / "scores"}"')
     use_scores(data.resolved, data)
     pages = WeightPages(data, tmp_path / "scored", CPU)
