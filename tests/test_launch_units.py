@@ -24,14 +24,12 @@ from wmtp_ds import rank as ranks
 from wmtp_ds.config import ConfigError
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import (
-    Meeting,
     Place,
     Request,
     check_compiler,
     check_port,
     decide,
     device_ids,
-    free_port,
     launch,
     launch_environment,
     launcher_command,
@@ -39,6 +37,7 @@ from wmtp_ds.launch import (
     resolve_device,
     train_options,
 )
+from wmtp_ds.meeting import Meeting, free_port
 from wmtp_ds.peers import Loss, Peer, Peers
 from wmtp_ds.signals import Interruption
 
@@ -252,7 +251,7 @@ def test_launch_environment_takes_out_what_an_outer_launcher_set():
 def test_launcher_command(ids):
     request = Request("rho1", num_gpus=len(ids), override=("a=b c",))
     command = launcher_command(ids, request)
-    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
+    assert command[:3] == [sys.executable, "-m", "wmtp_ds.deepspeed_launcher"]
     assert command[-len(request.arguments()) - 2 :] == ["--module", "wmtp_ds.rank", *request.arguments()]
     options = dict(part.removeprefix("--").split("=", 1) for part in command[3 : -len(request.arguments()) - 2])
     assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"node-0": ids}
@@ -438,21 +437,34 @@ sys.exit(subprocess.call([sys.executable, "-c", rank]))
     ],
 )
 def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(monkeypatch, tmp_path, number, patient, code, expected):
+    """But no echo of it: Ctrl-C of `mlflow run` comes from the terminal, and as SIGTERM from MLflow."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching, "ECHO_SECONDS", 0.5)
+    over, impatient = threading.Event(), threading.Event()
+
+    def wait_for(file: str) -> None:
+        deadline = time.monotonic() + 20
+        while not Path(file).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def interrupt() -> None:
-        for file in ("ready", "signal") if patient else ("ready",):
-            deadline = time.monotonic() + 20
-            while not Path(file).exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            os.kill(os.getpid(), number)
+        wait_for("ready")
+        os.kill(os.getpid(), number)
+        if patient:
+            wait_for("signal")
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not over.wait(1.0):
+                impatient.set()
+                os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     began = time.monotonic()
     assert start(monkeypatch, LAUNCHER.format(patient=patient, code=code)) == expected
+    over.set()
     thread.join()
     assert time.monotonic() - began < 20
+    assert impatient.is_set() is patient
     assert Path("signal").read_text() == str(int(number))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_launch_parity import start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
 pytestmark = pytest.mark.launch
 
