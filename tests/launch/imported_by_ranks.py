@@ -1,5 +1,5 @@
 """All that a rank, its launcher and a command import, once for those of all tests (see ranks.py)."""
-# ruff: noqa: F401
+# ruff: noqa: E402, F401
 
 import os
 
