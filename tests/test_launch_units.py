@@ -375,6 +375,19 @@ def test_prepare_launch(here, gpus):
         prepare_launch(Request("rho1", num_gpus=3, config=LOCAL / "rho1.toml", device="cuda"))
 
 
+LAUNCHED = """
+import runpy, sys
+run, runpy.run_module = runpy.run_module, lambda name, **_: print(name, sys.modules.get("mlflow", "to be had"))
+run("wmtp_ds.deepspeed_launcher", run_name="__main__")
+"""
+
+
+def test_deepspeeds_launcher_starts_without_mlflow():
+    """Which its autotuner would import: a third of its start."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHED], capture_output=True, text=True, check=True)
+    assert done.stdout == "deepspeed.launcher.launch None\n"
+
+
 # --- starting it and passing signals on ---
 
 
@@ -765,8 +778,9 @@ def test_before_anything_else_machines_are_compared(here, monkeypatch):
 # --- the script itself, as a user runs it ---
 
 WATCH = f"""
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+os.execve = lambda *_: sys.exit(0)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -803,6 +817,13 @@ def test_without_a_model_it_says_which_path_and_which_command_at_once(tmp_path):
     assert "storage/models/micro-policy does not exist" in done.stderr
     assert "wmtp-ds model micro" in done.stderr
     assert done.stdout == "HEAVY []\n", "it stops before any library is loaded"
+
+
+def test_a_launch_needs_no_heavy_library(checkout):
+    """Seconds before the launcher is started, which imports them itself."""
+    options = ("--override", 'mlflow.tracking_uri=""', "--override", 'checkpoint.save_dir="checkpoints/watched"')
+    done = run_script(checkout, "--stage", "rho1", "--config", "stage_configs/local/rho1.toml", *options, watch=True)
+    assert (done.returncode, done.stdout) == (0, "HEAVY []\n"), done.stderr
 
 
 def test_its_help_needs_no_heavy_library(tmp_path):

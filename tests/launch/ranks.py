@@ -40,6 +40,13 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     return process
 
 
+def spawn(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process that has imported nothing, for what must be known when a library is imported."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
 def _with_all_imported(work: Callable[..., None], *arguments: object) -> None:
     assert PRELOADED in sys.modules, "it could not be imported: try python -c 'import imported_by_ranks'"
     work(*arguments)
@@ -59,7 +66,8 @@ def run_ranks(
     started = []
     for rank in range(ranks):
         place = environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
-        started.append(fork(be_a_rank, str(script), list(arguments), str(cwd), place, str(log)))
+        start = spawn if "TRITON_INTERPRET" in variables else fork
+        started.append(start(be_a_rank, str(script), list(arguments), str(cwd), place, str(log)))
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in started) and time.monotonic() < deadline:
         if any(process.exitcode for process in started):
