@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -71,11 +72,14 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_remembered_and_the_handlers_come_back(number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with Interruption() as interruption:
         assert interruption.signal == 0
         os.kill(os.getpid(), number)
         assert interruption.signal == (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
 
 
 def ended(script: str) -> tuple[int, str, str]:
