@@ -22,6 +22,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # which shares this machine with other 
     os.environ["TMPDIR"] = tempfile.tempdir = _own.name
 
 
+# The files that take a minute and more, the longest first.
+LONGEST = (
+    "test_readme.py",
+    "test_launch_signals.py",
+    "test_launch_parity.py",
+    "test_launch_tracking.py",
+    "test_launch_bad_numbers.py",
+    "test_launch_runs.py",
+    "test_launch_ranks.py",
+    "test_launch_slurm.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins early, so that no worker is left with it at the end.
 
@@ -30,8 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         if "benchmarks" in item.path.parts:
-            return 0
-        return 1 if item.get_closest_marker("launch") else 2
+            return -1
+        if item.path.name in LONGEST:
+            return LONGEST.index(item.path.name)
+        return len(LONGEST) + (item.get_closest_marker("launch") is None)
 
     items.sort(key=place)
 

@@ -14,7 +14,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
 ADMIN = ("admin", "adm1n of the t3sts")
 # Of the user that trains. What must be quoted in a URL is in it.

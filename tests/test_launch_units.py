@@ -24,14 +24,12 @@ from wmtp_ds import rank as ranks
 from wmtp_ds.config import ConfigError
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.launch import (
-    Meeting,
     Place,
     Request,
     check_compiler,
     check_port,
     decide,
     device_ids,
-    free_port,
     launch,
     launch_environment,
     launcher_command,
@@ -39,6 +37,7 @@ from wmtp_ds.launch import (
     resolve_device,
     train_options,
 )
+from wmtp_ds.meeting import Meeting, free_port
 from wmtp_ds.peers import Loss, Peer, Peers
 from wmtp_ds.signals import Interruption
 
@@ -252,7 +251,7 @@ def test_launch_environment_takes_out_what_an_outer_launcher_set():
 def test_launcher_command(ids):
     request = Request("rho1", num_gpus=len(ids), override=("a=b c",))
     command = launcher_command(ids, request)
-    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
+    assert command[:3] == [sys.executable, "-m", "wmtp_ds.deepspeed_launcher"]
     assert command[-len(request.arguments()) - 2 :] == ["--module", "wmtp_ds.rank", *request.arguments()]
     options = dict(part.removeprefix("--").split("=", 1) for part in command[3 : -len(request.arguments()) - 2])
     assert json.loads(base64.urlsafe_b64decode(options["world_info"])) == {"node-0": ids}
@@ -376,6 +375,19 @@ def test_prepare_launch(here, gpus):
         prepare_launch(Request("rho1", num_gpus=3, config=LOCAL / "rho1.toml", device="cuda"))
 
 
+LAUNCHED = """
+import runpy, sys
+run, runpy.run_module = runpy.run_module, lambda name, **_: print(name, sys.modules.get("mlflow", "to be had"))
+run("wmtp_ds.deepspeed_launcher", run_name="__main__")
+"""
+
+
+def test_deepspeeds_launcher_starts_without_mlflow():
+    """Which its autotuner would import: a third of its start."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHED], capture_output=True, text=True, check=True)
+    assert done.stdout == "deepspeed.launcher.launch None\n"
+
+
 # --- starting it and passing signals on ---
 
 
@@ -438,21 +450,34 @@ sys.exit(subprocess.call([sys.executable, "-c", rank]))
     ],
 )
 def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(monkeypatch, tmp_path, number, patient, code, expected):
+    """But no echo of it: Ctrl-C of `mlflow run` comes from the terminal, and as SIGTERM from MLflow."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching, "ECHO_SECONDS", 0.5)
+    over, impatient = threading.Event(), threading.Event()
+
+    def wait_for(file: str) -> None:
+        deadline = time.monotonic() + 20
+        while not Path(file).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def interrupt() -> None:
-        for file in ("ready", "signal") if patient else ("ready",):
-            deadline = time.monotonic() + 20
-            while not Path(file).exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            os.kill(os.getpid(), number)
+        wait_for("ready")
+        os.kill(os.getpid(), number)
+        if patient:
+            wait_for("signal")
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not over.wait(1.0):
+                impatient.set()
+                os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     began = time.monotonic()
     assert start(monkeypatch, LAUNCHER.format(patient=patient, code=code)) == expected
+    over.set()
     thread.join()
     assert time.monotonic() - began < 20
+    assert impatient.is_set() is patient
     assert Path("signal").read_text() == str(int(number))
 
 
@@ -753,8 +778,9 @@ def test_before_anything_else_machines_are_compared(here, monkeypatch):
 # --- the script itself, as a user runs it ---
 
 WATCH = f"""
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+os.execve = lambda *_: sys.exit(0)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -791,6 +817,13 @@ def test_without_a_model_it_says_which_path_and_which_command_at_once(tmp_path):
     assert "storage/models/micro-policy does not exist" in done.stderr
     assert "wmtp-ds model micro" in done.stderr
     assert done.stdout == "HEAVY []\n", "it stops before any library is loaded"
+
+
+def test_a_launch_needs_no_heavy_library(checkout):
+    """Seconds before the launcher is started, which imports them itself."""
+    options = ("--override", 'mlflow.tracking_uri=""', "--override", 'checkpoint.save_dir="checkpoints/watched"')
+    done = run_script(checkout, "--stage", "rho1", "--config", "stage_configs/local/rho1.toml", *options, watch=True)
+    assert (done.returncode, done.stdout) == (0, "HEAVY []\n"), done.stderr
 
 
 def test_its_help_needs_no_heavy_library(tmp_path):

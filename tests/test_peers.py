@@ -12,7 +12,7 @@ import pytest
 
 from wmtp_ds import peers as watching
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 from wmtp_ds.peers import Loss, Peer, Peers, meet
 
 PATIENCE = 3.0

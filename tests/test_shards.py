@@ -7,22 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from attack import Attack
 
 from wmtp_ds.checkpoint_files import write_manifest
 from wmtp_ds.engine import Engine, saved_classes
 from wmtp_ds.errors import UserError
 from wmtp_ds.shards import FORCE, FORCE_NOT, check_shards, plain_data_only
 from wmtp_ds.universal import convert
-
-
-class Attack:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, never: Path):
-        self.never = str(never)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.never,)
 
 
 @pytest.fixture

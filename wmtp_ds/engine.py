@@ -5,9 +5,9 @@ batch (so DeepSpeed must neither average over ranks nor over accumulation steps)
 masters are made, a frozen engine without optimizer, and checkpoints that name their tag.
 """
 
+import functools
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wmtp_ds import distributed
 from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import RunError
+from wmtp_ds.missing import as_if_missing
 from wmtp_ds.peers import Peers, meet
 from wmtp_ds.shards import check_shards, plain_data_only
 
@@ -31,8 +32,9 @@ _NCCL_GRACE = timedelta(seconds=60)
 def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
     # Its autotuner, which is never used here, imports mlflow if it is there: two seconds of every rank's start.
-    with _as_if_missing("mlflow"):
+    with as_if_missing("mlflow"):
         import deepspeed
+    _import_muon()
 
     # Its chatter is for its developers; warnings are for everyone.
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -41,17 +43,18 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-@contextmanager
-def _as_if_missing(library: str) -> Iterator[None]:
-    """Inside, a library that has not been imported yet cannot be."""
-    if library in sys.modules:
-        yield
-        return
-    sys.modules[library] = None  # type: ignore[assignment]
+@functools.cache
+def _import_muon() -> None:
+    """Import an optimizer that is not used here, but that ZeRO-3 looks for, without compiling it.
+
+    That imports torch's compiler: seconds of every rank's start.
+    """
+    compiler, uncompiled = torch.compile, lambda function, **_: function
+    torch.compile = uncompiled  # type: ignore[assignment]
     try:
-        yield
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
-        del sys.modules[library]
+        torch.compile = compiler
 
 
 def saved_classes() -> list[type]:

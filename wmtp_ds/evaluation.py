@@ -55,10 +55,13 @@ def _final_values(values_BS: Tensor, batch: Batch) -> Tensor:
 
 
 def area_under_roc(scores_and_labels: Tensor) -> float | None:
-    """AUC of scores at telling labels of 1 from those of 0, ``[N, 2]``; None if all are alike or not finite."""
-    from sklearn.metrics import roc_auc_score
+    """AUC of scores at telling labels of 1 from those of 0, ``[N, 2]``; None if all are alike or not finite.
 
+    The share of pairs, one of each label, whose score is higher for the label 1; half of those that are level.
+    """
     correct = scores_and_labels[:, 1] >= 0.5
     if correct.all() or not correct.any() or not scores_and_labels.isfinite().all():
         return None
-    return float(roc_auc_score(correct.numpy(), scores_and_labels[:, 0].numpy()))
+    high, low = scores_and_labels[correct, 0], scores_and_labels[~correct, 0].sort().values
+    below, not_above = torch.searchsorted(low, high), torch.searchsorted(low, high, right=True)
+    return (below + not_above).double().mean().item() / (2 * len(low))

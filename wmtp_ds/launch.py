@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,9 @@ import click
 from wmtp_ds.config import Resolved, load_config
 from wmtp_ds.config.deepspeed_file import offloads
 from wmtp_ds.errors import UserError
+from wmtp_ds.meeting import MASTER_PORT, Meeting, free_port
 from wmtp_ds.resume import check_resume, fit_ranks
-from wmtp_ds.signals import ENDING
+from wmtp_ds.signals import ECHO_SECONDS, ENDING
 from wmtp_ds.universal import PLACE_VARIABLES
 
 SCRIPT = "bin/train_stage.py"
@@ -41,8 +43,6 @@ _SIGNALS = frozenset(int(number) for number in signal.Signals)
 # More than any machine has GPUs; a slip of the finger must not start thousands of processes.
 MAX_RANKS = 256
 MAX_NODES = 4096
-# DeepSpeed's own.
-MASTER_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -210,57 +210,6 @@ def launch_environment(device: str, environ: Mapping[str, str]) -> dict[str, str
     return environment
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Where the ranks of all machines meet, and which of them this is."""
-
-    nnodes: int
-    node_rank: int
-    address: str
-    port: int
-
-    @classmethod
-    def of(cls, request: Request, environ: Mapping[str, str]) -> "Meeting":
-        """As the request says; a free port on this machine if it says nothing.
-
-        Raises:
-            UserError: if it says half of it, or srun has started more of these commands than it knows of.
-        """
-        nnodes = request.nnodes or 1
-        _check_tasks(nnodes, environ)
-        named = {"--node_rank": request.node_rank, "--master_addr": request.master_addr}
-        if request.nnodes is None and (given := [name for name, value in named.items() if value is not None]):
-            raise UserError(f"{given[0]} needs --nnodes: the number of machines, each of which runs this command.")
-        if (request.node_rank or 0) >= nnodes:
-            raise UserError(f"--node_rank {request.node_rank}: with --nnodes {nnodes} it is at most {nnodes - 1}.")
-        if nnodes == 1:
-            return cls(1, 0, "127.0.0.1", request.master_port or free_port())
-        if missing := [name for name, value in named.items() if value is None]:
-            raise UserError(
-                f"--nnodes {nnodes} needs {missing[0]}: --node_rank numbers the machines from 0, --master_addr is the "
-                "address of number 0, the same on all."
-            )
-        assert request.node_rank is not None
-        assert request.master_addr is not None
-        return cls(nnodes, request.node_rank, request.master_addr, request.master_port or MASTER_PORT)
-
-
-def _check_tasks(nnodes: int, environ: Mapping[str, str]) -> None:
-    """Every task of a SLURM step starts this command: there must be one a machine, and each must know of the others.
-
-    Raises:
-        UserError: if not; otherwise each would start a run of its own, in one folder.
-    """
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
-    if not tasks.isdecimal() or int(tasks) == nnodes:
-        return
-    raise UserError(
-        f"srun has started {tasks} of these commands, and --nnodes is {nnodes}: one on each machine starts the ranks "
-        "there. srun --ntasks-per-node=1 bash -c 'wmtp-ds train … --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID "
-        "--master_addr FIRST_HOST' (docs/multinode.md)."
-    )
-
-
 def launcher_command(ranks: Sequence[int | str], request: Request, meeting: Meeting | None = None) -> list[str]:
     """DeepSpeed's launcher of one machine for ranks on the given device ids."""
     return ranks_command(ranks, "wmtp_ds.rank", request.for_ranks().arguments(), meeting)
@@ -273,16 +222,9 @@ def ranks_command(
     meeting = meeting or Meeting(1, 0, "127.0.0.1", free_port())
     nodes = {f"node-{number}": list(ranks) for number in range(meeting.nnodes)}
     world = base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", f"--world_info={world}"]
+    launcher = [sys.executable, "-m", "wmtp_ds.deepspeed_launcher", "--log_level=critical", f"--world_info={world}"]
     address = [f"--master_addr={meeting.address}", f"--master_port={meeting.port}", f"--node_rank={meeting.node_rank}"]
     return [*launcher, *address, "--module", module, *arguments]
-
-
-def free_port() -> int:
-    """A TCP port on the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def check_compiler(device: str, ds_config: Mapping[str, Any]) -> None:
@@ -396,7 +338,8 @@ def prepare_launch(request: Request) -> tuple[list[str], dict[str, str]]:
     check_resume(resolved, request.resume)
     device = resolve_device(resolved.config.runtime.device)
     check_compiler(device, resolved.deepspeed(1))
-    check_kernels(device)
+    if os.environ.get("WMTP_KERNELS"):  # what is chosen without it runs: no need to import torch, which takes seconds
+        check_kernels(device)
     ids = device_ids(device, request.num_gpus, os.environ)
     fit_ranks(resolved, request.resume, len(ids) * meeting.nnodes)
     return launcher_command(ids, request, meeting), launch_environment(device, os.environ)
@@ -419,14 +362,18 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: Te
     launcher = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=stdout, preexec_fn=_ignore_warning
     )
-    received: list[int] = []
+    first: list[tuple[int, float]] = []  # the signal, and when it came
 
     def forward(number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append((number, now))
+        elif now - first[0][1] <= ECHO_SECONDS:
+            return
+        else:
+            number = signal.SIGKILL
         # To the ranks alone: the launcher itself would kill them one after another.
-        received.append(number)
         for child in _children(launcher.pid):
-            if len(received) > 1:
-                number = signal.SIGKILL
             _send(child, number)
 
     previous = {number: signal.signal(number, forward) for number in ENDING}
@@ -437,8 +384,8 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], stdout: Te
             signal.signal(number, handler)
     # The launcher leaves with a rank's code, which is negative if a signal has ended it.
     ended_by = -code if code < 0 else 256 - code
-    if received and (ended_by in _SIGNALS or code > 128):
-        return 128 + ENDING[signal.Signals(received[0])]
+    if first and (ended_by in _SIGNALS or code > 128):
+        return 128 + ENDING[signal.Signals(first[0][0])]
     if code < 0:
         return 128 - code
     if ended_by in _SIGNALS:

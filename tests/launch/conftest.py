@@ -56,6 +56,8 @@ def make_workspace(root: Path) -> Path:
         (root / name).symlink_to(REPOSITORY / name)
     write_rows(root / "storage/data/sample/train.jsonl", 96, seed=0)
     write_rows(root / "storage/data/sample/validation.jsonl", 10, seed=1)
-    made = run(["wmtp-ds", "model", "micro", "--hidden-size", "64"], root)
+    from preloaded import run_preloaded
+
+    made = run_preloaded(["wmtp-ds", "model", "micro", "--hidden-size", "64"], root)
     assert made.returncode == 0, made.stderr
     return root

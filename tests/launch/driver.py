@@ -69,6 +69,8 @@ def main() -> None:
         wmtp_ds.train.Interruption = interrupted_after(stop_after) if stop_after else Interruption
         code = wmtp_ds.train.train(resolved, resume=job.get("resume", "never"))
         assert code == (143 if stop_after else 0), f"{job} ended with {code}"
+    never = {"sklearn", "torch._inductor.compile_fx"} & sys.modules.keys()
+    assert not never, f"{never}: seconds to import, for nothing"
     print("all jobs done", flush=True)
 
 

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from conftest import environment
-from ranks import _SERVER, _be_a_rank
+from ranks import be_a_rank, fork
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
 
 class Nodes:
@@ -36,12 +36,8 @@ class Nodes:
             started = []
             for local in range(ranks):
                 place = {"CROSS_RANK": str(node), "LOCAL_RANK": str(local), "RANK": str(node * ranks + local)}
-                process = _SERVER.Process(
-                    target=_be_a_rank,
-                    args=(str(script), list(arguments), str(folder), environment() | world | place, str(log)),
-                )
-                process.start()
-                started.append(process)
+                variables = environment() | world | place
+                started.append(fork(be_a_rank, str(script), list(arguments), str(folder), variables, str(log)))
             self.ranks.append(started)
 
     def said(self, node: int) -> str:

@@ -4,20 +4,52 @@ What the launcher itself does is tested where a command starts it. Here only wha
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from conftest import environment
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
+PRELOADED = "imported_by_ranks"
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["imported_by_ranks"])
+_SERVER.set_forkserver_preload([PRELOADED])
+
+
+def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process that has imported everything."""
+    before = os.environ.get("PYTHONPATH")
+    # Where the server finds what it is to import: it is given a path, which Python 3.11 forgets, and then says nothing.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    process = _SERVER.Process(target=_with_all_imported, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def spawn(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process that has imported nothing, for what must be known when a library is imported."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def _with_all_imported(work: Callable[..., None], *arguments: object) -> None:
+    assert PRELOADED in sys.modules, "it could not be imported: try python -c 'import imported_by_ranks'"
+    work(*arguments)
 
 
 def run_ranks(
@@ -34,9 +66,8 @@ def run_ranks(
     started = []
     for rank in range(ranks):
         place = environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
-        process = _SERVER.Process(target=_be_a_rank, args=(str(script), list(arguments), str(cwd), place, str(log)))
-        process.start()
-        started.append(process)
+        start = spawn if "TRITON_INTERPRET" in variables else fork
+        started.append(start(be_a_rank, str(script), list(arguments), str(cwd), place, str(log)))
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in started) and time.monotonic() < deadline:
         if any(process.exitcode for process in started):
@@ -53,7 +84,8 @@ def run_ranks(
     return subprocess.CompletedProcess([str(script)], (failed[0] or -9) if failed else 0, said, "")
 
 
-def _be_a_rank(script: str, arguments: list[str], cwd: str, variables: dict[str, str], log: str) -> None:
+def be_a_rank(script: str, arguments: list[str], cwd: str, variables: dict[str, str], log: str) -> None:
+    """What each of them does."""
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY
 from mlflow import MlflowClient
+from preloaded import run_preloaded
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_launch_packing import make_critic
@@ -382,7 +383,7 @@ SEED = 2
 
 def test_the_command_in_the_report_meets_the_same_numbers(damaged: list[str], workspace: Path, tmp_path: Path) -> None:
     command = ["wmtp-ds", "train", "--stage", "baseline", "--config", "stage_configs/local/baseline.toml"]
-    done = run([*command, *(part for text in damaged for part in ("--override", text))], workspace)
+    done = run_preloaded([*command, *(part for text in damaged for part in ("--override", text))], workspace)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     (error,) = re.findall("error: stopped at step .*", done.stderr)
@@ -393,7 +394,7 @@ def test_the_command_in_the_report_meets_the_same_numbers(damaged: list[str], wo
 
     again = shlex.split(first["again"])
     assert f"{tmp_path}/run/step_{first['step'] - 1:08d}" in again
-    repeated = run(again, workspace)
+    repeated = run_preloaded(again, workspace)
     assert repeated.returncode == 1, repeated.stdout + repeated.stderr
     second = json.loads((tmp_path / f"run-step-{first['step']}/bad_steps" / file.name).read_text())
     assert second["micro_batches"] == first["micro_batches"]

@@ -1,11 +1,11 @@
-"""``wmtp-ds bench step`` through the real launcher, on the smallest model: every part of every stage has its time."""
+"""``wmtp-ds bench step`` with DeepSpeed's launcher, on the smallest model: all parts of every stage have their time."""
 
 import csv
 import json
 from pathlib import Path
 
 import pytest
-from conftest import run
+from preloaded import run_preloaded
 
 pytestmark = pytest.mark.launch
 
@@ -14,7 +14,7 @@ TINY = ["--size", "micro", "--device", "cpu", "--sequence-length", "64", "--step
 
 def bench(folder: Path, *arguments: str) -> dict:
     """From a folder in which there is nothing."""
-    done = run(["wmtp-ds", "bench", "step", *TINY, *arguments, "--json", "--output", "out"], folder)
+    done = run_preloaded(["wmtp-ds", "bench", "step", *TINY, *arguments, "--json", "--output", "out"], folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # and nothing else is on standard output
 

@@ -4,14 +4,22 @@ from pathlib import Path
 
 import pytest
 from kill_soak import PATIENCE, SAVE_EVERY, Soak
+from preloaded import Started
 
 from wmtp_ds.checkpoint_files import complete_checkpoints, leftovers, step_name, verify_manifest
 
 pytestmark = pytest.mark.launch
 
 
+class ForkedSoak(Soak):
+    """DeepSpeed's launcher and its ranks, which need not import anything."""
+
+    def spawn(self, command: list[str], environment: dict[str, str], log: Path) -> Started:
+        return Started(command, self.root, environment, log, log)
+
+
 def test_a_full_disk_and_kills_change_nothing_in_the_end(workspace: Path) -> None:
-    run = Soak(workspace, "baseline", steps=18, seed=3)
+    run = ForkedSoak(workspace, "baseline", steps=21, seed=3)
     run.finish("peaceful")
     folder = run.folder("killed")
 
@@ -30,16 +38,18 @@ def test_a_full_disk_and_kills_change_nothing_in_the_end(workspace: Path) -> Non
     assert verify_manifest(folder / "step_00000003") is None
     assert leftovers(folder) == []
 
-    run.kill_once("rank")
+    for kind in ("rank", "launcher"):
+        run.kill_once(kind)
     run.kill_once("while saving", {"rank": 1, "save": 1, "moment": 6})
-    assert run.figures.kills == {"rank": 1, "while saving": 1}
+    assert run.figures.kills == {"rank": 1, "launcher": 1, "while saving": 1}
     newest = complete_checkpoints(folder)[-1]
     (partial,) = leftovers(folder)
-    assert partial.name == f".partial-{step_name(int(newest.name[-8:]) + SAVE_EVERY)}"
+    # The launcher's end was a reason to save, at whichever step that was.
+    assert partial.name == f".partial-{step_name((int(newest.name[-8:]) // SAVE_EVERY + 1) * SAVE_EVERY)}"
     cut_short = folder / partial.name.removeprefix(".partial-")
     said = run.finish("killed")
     assert f"checkpoint {cut_short} is incomplete: its saving was cut short; it is not used" in said
-    assert f"resumed from {newest} at step {int(newest.name[-8:])} of 18" in said
+    assert f"resumed from {newest} at step {int(newest.name[-8:])} of 21" in said
     run.compare()
     assert run.figures.files_lost == 0
     assert max(run.figures.steps_lost) <= 6

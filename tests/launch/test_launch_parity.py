@@ -52,7 +52,13 @@ MORE = {
 # Trained with the Triton kernels as well, for the two steps that their interpreter has time for: the second loss shows
 # what the gradients of the first have done. The torch path runs as short a time beside it: rows and learning rates
 # depend on the number of steps.
-IN_TRITON = ("verifiable", "verifiable-normalised", "rho1-sequence", "rho1-batch")
+# Name -> layout: two sequences, and four where they compete within a micro-batch.
+IN_TRITON = {
+    "verifiable": (2, 1, 1),
+    "verifiable-normalised": (2, 1, 1),
+    "rho1-sequence": (2, 1, 1),
+    "rho1-batch": (2, 2, 1),
+}
 TRITON_STEPS = 2
 
 
@@ -112,7 +118,9 @@ def trained(workspace: Path) -> Path:
             jobs = jobs | {"rho1-scores": MORE["rho1-scores"]}
         start(workspace, [job(workspace, name, *spec, layout) for name, spec in jobs.items()], layout[0])
     for kernels, variables in {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}.items():
-        jobs = [job(workspace, f"{kernels}-{name}", *(INVARIANT | MORE)[name], (2, 2, 1)) for name in IN_TRITON]
+        jobs = [
+            job(workspace, f"{kernels}-{name}", *(INVARIANT | MORE)[name], layout) for name, layout in IN_TRITON.items()
+        ]
         for short in jobs:
             short["override"].append(f"training.max_steps={TRITON_STEPS}")
         start(workspace, jobs, 2, WMTP_KERNELS=kernels, **variables)
@@ -182,11 +190,13 @@ def test_scores_train_as_the_live_reference_does(trained: Path) -> None:
 
 @pytest.mark.parametrize("name", IN_TRITON)
 def test_the_triton_kernels_train_as_the_torch_path_does(trained: Path, name: str) -> None:
-    found, expected = (losses(trained, f"{kernels}-{name}", (2, 2, 1), TRITON_STEPS) for kernels in ("triton", "torch"))
+    layout = IN_TRITON[name]
+    found, expected = (losses(trained, f"{kernels}-{name}", layout, TRITON_STEPS) for kernels in ("triton", "torch"))
     assert found == pytest.approx(expected, abs=2e-5)
     assert found[0] != found[1]
     for kernels in ("torch", "triton"):
-        tracked = json.loads((trained / "runs" / f"{kernels}-{name}-2x2x1" / "tracking.json").read_text())
+        folder = trained / "runs" / f"{kernels}-{name}-{'x'.join(map(str, layout))}"
+        tracked = json.loads((folder / "tracking.json").read_text())
         assert tracked["tags"]["kernels"] == kernels
 
 

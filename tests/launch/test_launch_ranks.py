@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from preloaded import run_preloaded
 from safetensors.torch import load_file
 from test_launch_parity import start
 
@@ -178,10 +178,10 @@ def test_the_conversion_is_made_once_beside_the_checkpoint(trained: Path) -> Non
     for name in CASES:
         root = trained / f"checkpoints/{name}-2"
         assert [path.name for path in (root / ".universal").iterdir()] == [f"step_{SAVED:08d}"]
-        listed = json.loads(run(["wmtp-ds", "checkpoint", "list", str(root), "--json"], trained).stdout)
+        listed = json.loads(run_preloaded(["wmtp-ds", "checkpoint", "list", str(root), "--json"], trained).stdout)
         assert [item["name"] for item in listed[0]["checkpoints"]] == [f"step_{SAVED:08d}", f"step_{STEPS:08d}"]
         assert listed[0]["leftovers"] == []
-    done = run(["wmtp-ds", "checkpoint", "prune", str(root), "--keep", "1"], trained)
+    done = run_preloaded(["wmtp-ds", "checkpoint", "prune", str(root), "--keep", "1"], trained)
     assert done.returncode == 0, done.stderr
     assert not (root / f"step_{SAVED:08d}").exists()
     assert not (root / ".universal" / f"step_{SAVED:08d}").exists()

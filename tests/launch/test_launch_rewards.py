@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from preloaded import run_preloaded
 from test_launch_parity import start
 from test_launch_runs import job, metrics
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def trained(workspace: Path) -> Path:
     make_reward_model(workspace)
     for name in ("train", "validation"):
         typed = ["--input", f"{DATA}/{name}.jsonl", "--output", f"scored/{name}.jsonl", "--reward-model", MODEL]
-        done = run(["wmtp-ds", "data", "label", *typed, "--max-length", "256"], workspace)
+        done = run_preloaded(["wmtp-ds", "data", "label", *typed, "--max-length", "256"], workspace)
         assert done.returncode == 0, done.stderr
     squash = 'models.reward.squash="zscore_sigmoid"'
     of_model = [

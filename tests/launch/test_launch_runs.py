@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_launch_parity import start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
 pytestmark = pytest.mark.launch
 
@@ -252,29 +252,6 @@ def test_errors_before_the_group_forms(workspace: Path, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count(f"port {taken}, where the ranks are to meet, is taken") == 1
     assert "Traceback" not in done.stderr
-
-
-def test_no_model_on_disk(tmp_path: Path, workspace: Path) -> None:
-    for name in ("stage_configs", "ds_configs", "bin"):
-        (tmp_path / name).symlink_to((workspace / name).resolve())
-    command = [
-        "deepspeed",
-        "--master_port",
-        str(free_port()),
-        "bin/train_stage.py",
-        "--stage",
-        "rho1",
-        "--num_gpus",
-        "4",
-    ]
-    done = run(command, tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    said = done.stdout + done.stderr
-    assert said.count("storage/models/meta-llama-mtp does not exist") == 1
-    assert "wmtp-ds model micro, then --config stage_configs/local/rho1.toml" in said
-    assert "storage/models/ref-sheared-llama-2.7b does not exist" in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_no_process_is_left_behind(runs: Path) -> None:

@@ -14,7 +14,7 @@ from conftest import environment
 from mlflow import MlflowClient
 from test_launch_runs import overrides
 
-from wmtp_ds.launch import free_port
+from wmtp_ds.meeting import free_port
 
 pytestmark = pytest.mark.launch
 

@@ -78,7 +78,9 @@ def test_the_commands_that_the_project_promises_are_there() -> None:
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme(typed: dict[str, subprocess.CompletedProcess[str]], command: str) -> None:
+def test_a_command_of_the_readme(
+    typed: dict[str, subprocess.CompletedProcess[str]], checkout: Path, command: str
+) -> None:
     done = typed[command]
     said = done.stdout + done.stderr
     # The 7B models are on nobody's disk: these two must say so.
@@ -86,8 +88,11 @@ def test_a_command_of_the_readme(typed: dict[str, subprocess.CompletedProcess[st
     assert done.returncode == (2 if missing else 0), said
     assert "Traceback" not in said
     if missing:
-        assert "storage/models/meta-llama-mtp does not exist" in said
-        assert "wmtp-ds model micro, then --config stage_configs/local/" in said
+        assert said.count("storage/models/meta-llama-mtp does not exist") == 1
+        stage = "rho1" if "rho1" in command else "critic"
+        assert f"wmtp-ds model micro, then --config stage_configs/local/{stage}.toml" in said
+        assert ("storage/models/ref-sheared-llama-2.7b does not exist" in said) is (stage == "rho1")
+        assert not (checkout / f"checkpoints/{stage}-7b").exists()
 
 
 def test_the_demo_trains_four_stages(typed: dict[str, subprocess.CompletedProcess[str]], checkout: Path) -> None:

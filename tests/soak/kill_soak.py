@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -34,6 +34,16 @@ RANKS = 2
 PATIENCE = 600
 SAVE_EVERY = 3
 KINDS = ("rank", "launcher", "while saving", "while starting")
+
+
+class Process(Protocol):
+    """Of `subprocess.Popen` what is asked for here."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Soak:
     def folder(self, name: str) -> Path:
         return self.root / "checkpoints" / f"soak-{self.figures.stage}-{name}"
 
-    def start(self, name: str, doom: dict[str, int] | None = None) -> tuple[subprocess.Popen[bytes], Path]:
+    def start(self, name: str, doom: dict[str, int] | None = None) -> tuple[Process, Path]:
         """Start the launcher; its process, and the file of what it says."""
         values = [
             f'checkpoint.save_dir="{self.folder(name)}"',
@@ -114,11 +124,14 @@ class Soak:
         path = [str(HERE), str(HERE.parent), *sys.path]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         log = self.root / f"soak-{time.monotonic_ns()}.log"
+        return self.spawn(command, environment, log), log
+
+    def spawn(self, command: list[str], environment: dict[str, str], log: Path) -> Process:
+        """Start a command in a session of its own, which writes into ``log``."""
         with log.open("wb") as stream:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command, cwd=self.root, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
-        return process, log
 
     def finish(self, name: str) -> str:
         """Train to the end; what was said."""
@@ -163,7 +176,7 @@ class Soak:
         figures.saves_cut_short += any(path.name.startswith(".partial-step_") for path in leftovers(folder))
         self.look(folder, before)
 
-    def strike(self, process: subprocess.Popen[bytes], victim: int) -> None:
+    def strike(self, process: Process, victim: int) -> None:
         if process.poll() is None:
             os.kill(victim, signal.SIGKILL)
 
@@ -187,7 +200,7 @@ class Soak:
         """Complete checkpoints, and what their manifests say."""
         return {path.name: (path / MANIFEST).read_text() for path in complete_checkpoints(folder)}
 
-    def ranks(self, process: subprocess.Popen[bytes]) -> list[int]:
+    def ranks(self, process: Process) -> list[int]:
         """Process ids of the ranks, once they are there."""
         launcher, deadline = psutil.Process(process.pid), time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
@@ -197,7 +210,7 @@ class Soak:
             time.sleep(0.05)
         raise AssertionError("the launcher has started no ranks")
 
-    def wait_for_step(self, process: subprocess.Popen[bytes], step: int, log: Path) -> None:
+    def wait_for_step(self, process: Process, step: int, log: Path) -> None:
         deadline = time.monotonic() + PATIENCE
         while self.steps_logged() < step and process.poll() is None:
             assert time.monotonic() < deadline, log.read_text()

@@ -76,7 +76,7 @@ def test_deepspeeds_own_front_end_with_a_hostfile(place: Path, no_ssh: bool) -> 
     folder = f"hostfile-{no_ssh}"
     arguments = options(folder, *LONG)
     if no_ssh:
-        from wmtp_ds.launch import free_port
+        from wmtp_ds.meeting import free_port
 
         where = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr", "127.0.0.1"]
         where += ["--master_port", str(free_port())]

@@ -40,7 +40,8 @@ def soak(workspace: Path, *, rounds: int, seconds: float, seed: int) -> dict[str
     """
     from mlflow_server import PASSWORD, USER, FaultyProxy, MlflowServer
 
-    from wmtp_ds.launch import free_port, launch_environment
+    from wmtp_ds.launch import launch_environment
+    from wmtp_ds.meeting import free_port
 
     place = tempfile.TemporaryDirectory(prefix="tracking-soak-")
     folder = Path(place.name)

@@ -18,7 +18,7 @@ from wmtp_ds.cli.progress import progress, warn_of_weak_sandbox
     show_default=True,
     help="Folder for train.jsonl and validation.jsonl.",
 )
-@click.option("--problems", type=int, default=440, show_default=True, help="How many problems, at least 22.")
+@click.option("--problems", type=int, default=220, show_default=True, help="How many problems, at least 22.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def sample(output: Path, problems: int, seed: int, as_json: bool) -> None:

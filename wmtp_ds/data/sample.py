@@ -14,7 +14,7 @@ from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.files import read_json
 
-DEFAULT_PROBLEMS = 440
+DEFAULT_PROBLEMS = 220  # more correct rows than an epoch of stage_configs/local reads
 MIN_PROBLEMS = 2 * len(DIFFICULTIES)  # so that each difficulty occurs in training and in validation
 SOLUTIONS = 3  # correct ones a problem, and as many incorrect ones
 VALIDATION_FRACTION = 0.1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attack import Attack
 from in_process import command
 from small_models import edit, pickled
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -25,18 +26,6 @@ from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.reward import load_reward_model
 
 CODE = "import pathlib\npathlib.Path({never!r}).touch()\n"
-
-
-class Attack:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, never: Path):
-        self.never = str(never)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
-        return os.mkdir, (self.never,)
 
 
 @pytest.fixture
