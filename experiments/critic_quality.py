@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from placement import base_run, critic_run
 from runs import Run, do
 from sizes import Size
-from sklearn.metrics import roc_auc_score
 
 from wmtp_ds.data.index import build_index
+from wmtp_ds.evaluation import area_under_roc
 from wmtp_ds.launch import resolve_device
 from wmtp_ds.look.columns import Looker
 
@@ -52,9 +52,9 @@ def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
     difficulty = np.array([solution.row.difficulty for solution in solutions])
     last = read[:, -1]
     return {
-        "auc by place": [float(roc_auc_score(labels, read[:, place])) for place in range(len(_PLACES))],
+        "auc by place": [_auc(read[:, place], labels) for place in range(len(_PLACES))],
         "auc by difficulty": {
-            str(level): float(roc_auc_score(labels[difficulty == level], last[difficulty == level]))
+            str(level): _auc(last[difficulty == level], labels[difficulty == level])
             for level in sorted(set(difficulty.tolist()))
             if len(set(labels[difficulty == level])) == 2
         },
@@ -63,6 +63,12 @@ def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
         "brier": float(np.mean((last - labels) ** 2)),
         "solutions": len(solutions),
     }
+
+
+def _auc(values: np.ndarray, labels: np.ndarray) -> float:
+    found = area_under_roc(torch.from_numpy(np.stack([values, labels], 1)))
+    assert found is not None, "there are solutions of both kinds"
+    return found
 
 
 def reliability(values: np.ndarray, labels: np.ndarray) -> list[list[float]]:

@@ -17,11 +17,12 @@ from typing import Any
 from sizes import Size
 
 from wmtp_ds.config import load_config
-from wmtp_ds.launch import Request, free_port
+from wmtp_ds.launch import Request
+from wmtp_ds.meeting import free_port
 from wmtp_ds.run_summary import FINAL, read_summary
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["wmtp_ds.train", "deepspeed", "sklearn.metrics"])
+_SERVER.set_forkserver_preload(["wmtp_ds.train"])
 
 
 @dataclass(frozen=True)
