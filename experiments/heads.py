@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from runs import Run, do
 from sizes import Size
 from solving import solve
-from transformers import AutoConfig
+
+from wmtp_ds.models.loading import read_llama_config
 
 TITLE = "Heads at equal compute"
 HEADS = (1, 2, 4)
@@ -27,7 +28,7 @@ HEADS = (1, 2, 4)
 
 def cost_per_token(folder: Path) -> int:
     """Multiply-adds of a forward pass for each token: blocks and unembeddings, attention over the context left out."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_llama_config(folder)
     heads = getattr(config, "n_future_tokens", None) or 1
     hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
     attention = hidden * size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)

@@ -22,7 +22,6 @@ from wmtp_ds.meeting import free_port
 from wmtp_ds.run_summary import FINAL, read_summary
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["wmtp_ds.train"])
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def do(runs: Sequence[Run], workers: int, tell: Callable[[str], None] = print) -
 
     for run in runs:
         want(run)
+    _SERVER.set_forkserver_preload(["wmtp_ds.train"])  # of a server that does not run yet
     running: dict[str, _Running] = {}
     done: set[str] = set()
     total = len(waiting)

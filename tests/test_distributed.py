@@ -51,7 +51,9 @@ critic.write_text("same")
 
 def refused(folder, what):
     index = lambda name: SimpleNamespace(path=name, fingerprint=f"{rank}" if name == what else "same")
-    data = SimpleNamespace(train=index("train.jsonl"), validation=index("validation.jsonl"))
+    manifest = SimpleNamespace(checksum=lambda: index("scores").fingerprint)
+    scores = SimpleNamespace(folder="scores", manifest=manifest) if what == "scores" else None
+    data = SimpleNamespace(train=index("train.jsonl"), validation=index("validation.jsonl"), scores=scores)
     folder = RunFolder(folder, "never")
     if rank == 0:
         folder.lock()
@@ -70,7 +72,8 @@ def refused(folder, what):
     return None
 
 said["refused"] = [refused(root / "run", "nothing"), refused(root / f"run-{rank}", "")]
-said["refused"] += [refused(root / "run", what) for what in ("train.jsonl", "validation.jsonl", "critic", "config")]
+files = "train.jsonl", "validation.jsonl", "scores"
+said["refused"] += [refused(root / "run", what) for what in (*files, "critic", "config")]
 said["gathered"] = distributed.gather_objects([rank] * (rank + 1))
 print(json.dumps(said))
 distributed.close()
@@ -88,6 +91,7 @@ def refusals(root: Path) -> list:
         ],
         [2, f"dataset.train (train.jsonl) {another}"],
         [2, f"dataset.validation (validation.jsonl) {another}"],
+        [2, f"models.reference.scores (scores) {another}"],
         [2, f"the critic (runs:/c/best) {another}"],
         [2, f"the config {another}"],
     ]

@@ -181,6 +181,7 @@ def test_batches_are_the_same_to_the_bit(cache, index, max_length):
     for window, other in zip(with_cache, without, strict=True):
         for batch, twin in zip(window, other, strict=True):
             assert batch.keys() == twin.keys()
+            assert batch.pop("reference") is twin.pop("reference") is None
             for name, tensor in batch.items():
                 assert tensor.dtype == twin[name].dtype
                 assert torch.equal(tensor, twin[name]), name

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import run
 from conftest import REPOSITORY
+from ranks import fork
 from sizes import SMALL
 
 pytestmark = pytest.mark.launch
@@ -21,6 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("experiments", "stage_configs", "ds_configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
+    fork(os.getpid).join()  # one server forks for all tests of a process: the one that has imported everything
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run, "README", tmp_path / "README.md")
     run.README.write_text("Before\n<!-- rerun_cost -->\nold\n<!-- end -->\nAfter\n<!-- heads -->\n<!-- end -->\n")

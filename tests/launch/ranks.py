@@ -20,7 +20,6 @@ from wmtp_ds.meeting import free_port
 
 PRELOADED = "imported_by_ranks"
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload([PRELOADED])
 
 
 def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
@@ -28,6 +27,7 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     before = os.environ.get("PYTHONPATH")
     # Where the server finds what it is to import: it is given a path, which Python 3.11 forgets, and then says nothing.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    _SERVER.set_forkserver_preload([PRELOADED])
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

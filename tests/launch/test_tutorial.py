@@ -102,7 +102,7 @@ def looked(trained: Path) -> dict[str, Done]:
     """What came of the commands that look at the runs and evaluate them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
-        lines = starting("wmtp-ds weights", "wmtp-ds evaluate")
+        lines = starting("wmtp-ds weights", "wmtp-ds evaluate", "wmtp-ds compare")
         return {line: command(*shlex.split(line)[1:], seconds=300) for line in lines}
 
 
@@ -157,6 +157,9 @@ def test_the_tutorials_looks_and_evaluations(looked: dict[str, Done], trained: P
             assert (trained / name).stat().st_size > 1000, name
     assert (trained / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (trained / "weights.html").read_text()[:200]
+    compared = json.loads((trained / "comparison/compare.json").read_text())
+    assert "training.beta" in json.dumps(compared)
+    assert (trained / "comparison/curves.png").read_bytes().startswith(b"\x89PNG")
     plain, drafted = ([*trained.glob(f"evaluations/{place}/results.jsonl")] for place in ("*/*", "drafted"))
     answers = [[json.loads(line)["samples"] for line in file.read_text().splitlines()] for file in (*plain, *drafted)]
     texts = [[sample["program"] for samples in found for sample in samples] for found in answers]
