@@ -1,5 +1,6 @@
 """The data of the experiments: generated problems with solutions that were run, and a corpus with corrupted tokens."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from sizes import Size
 from transformers import PreTrainedTokenizerBase
 
 from wmtp_ds.data.text_encoder import TextEncoder
-from wmtp_ds.files import write_atomically
+from wmtp_ds.files import sha256_of, write_atomically
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.micro import make_micro_models
 
@@ -32,13 +33,13 @@ class Files:
 
 
 def problems(size: Size) -> Files:
-    """Correct and incorrect solutions, half and half, of the problems that a size uses."""
+    """Correct and incorrect solutions, half and half, of the problems that a size uses; prompts without an example."""
     whole, own = size.folder / "data/all", size.folder / "data/problems"
     run(f"wmtp-ds data sample --problems {size.problems} --output {whole}")
     lowest, highest = size.difficulties
     for name in ("train", "validation"):
         rows = [row for row in read_rows(whole / f"{name}.jsonl") if lowest <= row["difficulty"] <= highest]
-        write_rows(own / f"{name}.jsonl", rows)
+        write_rows(own / f"{name}.jsonl", [row | {"input": ""} for row in rows])
     return Files(own / "train.jsonl", own / "validation.jsonl")
 
 
@@ -46,28 +47,39 @@ def held_out(size: Size, files: Files) -> Path:
     """The rows of as many held-out problems as are solved for pass@1."""
     rows = read_rows(files.validation)
     chosen = list(dict.fromkeys(row["problem_id"] for row in rows))[: size.evaluated]
-    file = size.folder / "data/held_out.jsonl"
+    file = files.validation.with_name("held_out.jsonl")
     write_rows(file, [row for row in rows if row["problem_id"] in set(chosen)])
     return file
 
 
-def halves(size: Size, files: Files) -> tuple[Files, Files]:
-    """Correct solutions alone, their problems in two halves: for a reference model, and for what learns beside it."""
-    rows = [row for row in read_rows(files.train) if row["is_correct"]]
-    held = [row for row in read_rows(files.validation) if row["is_correct"]]
-    chosen = list(dict.fromkeys(row["problem_id"] for row in rows))[::2]
-    folder = size.folder / "data/halves"
-    write_rows(folder / "reference.jsonl", [row for row in rows if row["problem_id"] in set(chosen)])
-    write_rows(folder / "policy.jsonl", [row for row in rows if row["problem_id"] not in set(chosen)])
-    write_rows(folder / "validation.jsonl", held)
-    return (
-        Files(folder / "reference.jsonl", folder / "validation.jsonl"),
-        Files(folder / "policy.jsonl", folder / "validation.jsonl"),
-    )
+def halves(files: Files, *, correct_only: bool = False) -> tuple[Files, Files]:
+    """The training problems in two halves, by a hash of their ids; the held-out ones are the same for both."""
+    name = "right" if correct_only else "both"
+    found = []
+    validation = files.validation.with_name(f"validation-{name}.jsonl")
+    write_rows(validation, _kept(files.validation, correct_only))
+    for half in (0, 1):
+        rows = [row for row in _kept(files.train, correct_only) if _half(row["problem_id"]) == half]
+        train = files.train.with_name(f"half-{half}-{name}.jsonl")
+        write_rows(train, rows)
+        found.append(Files(train, validation))
+    return found[0], found[1]
+
+
+def _kept(file: Path, correct_only: bool) -> list[dict[str, Any]]:
+    return [row for row in read_rows(file) if row["is_correct"] or not correct_only]
+
+
+def _half(problem_id: str) -> int:
+    return hashlib.sha256(problem_id.encode()).digest()[0] % 2
 
 
 def corrupted(files: Files, tokenizer: PreTrainedTokenizerBase, share: float) -> Files:
-    """The same rows with a share of their solutions' tokens replaced at random; the validation rows stay clean."""
+    """The same rows with a share of their solutions' tokens replaced at random; the validation rows stay clean.
+
+    What is replaced is text again, whose tokens may be others: `intact` says how many are still what they were. Each
+    row's ``metadata.spoilt`` has the places ``[begin, end)`` of what was put in, in characters.
+    """
     if not share:
         return files
     encoder = TextEncoder(tokenizer)
@@ -77,29 +89,52 @@ def corrupted(files: Files, tokenizer: PreTrainedTokenizerBase, share: float) ->
     pieces = [text for text in texts if text and text.isascii() and text not in tokenizer.all_special_tokens]
     rows = []
     for row in read_rows(files.train):
-        tokens = [row["output"][begin:end] for begin, end in encoder.spans(row["output"])]
-        output = "".join(rng.choice(pieces) if rng.random() < share else token for token in tokens)
-        rows.append(row | {"output": output})
+        output, spoilt = "", []
+        for begin, end in encoder.spans(row["output"]):
+            replaced = rng.random() < share
+            token = rng.choice(pieces) if replaced else row["output"][begin:end]
+            if replaced:
+                spoilt.append([len(output), len(output) + len(token)])
+            output += token
+        rows.append(row | {"output": output, "metadata": row.get("metadata", {}) | {"spoilt": spoilt}})
     file = files.train.with_name(f"{files.train.stem}-corrupted-{round(100 * share)}.jsonl")
     write_rows(file, rows)
     return Files(file, files.validation)
 
 
+def intact(files: Files, tokenizer: PreTrainedTokenizerBase) -> float:
+    """The share of a training set's solution tokens that hold nothing of what was put in."""
+    encoder = TextEncoder(tokenizer)
+    whole = total = 0
+    for row in read_rows(files.train):
+        spoilt = row.get("metadata", {}).get("spoilt", [])
+        for begin, end in encoder.spans(row["output"]):
+            total += 1
+            whole += not any(begin < last and first < end for first, last in spoilt)
+    return whole / total
+
+
 def policy(size: Size, files: Files, seed: int, heads: int) -> Path:
-    """A random policy whose tokenizer has learned from ``files``; made once."""
-    folder = size.folder / f"models/{heads}-heads-seed-{seed}"
+    """A random policy, made once; all models of a size have the tokenizer that its training problems teach.
+
+    Args:
+        size: of the model.
+        files: of `problems`, whatever part of them it is to learn from.
+        seed: of the weights.
+        heads: how many.
+    """
+    making = {
+        "template": TEMPLATE,
+        "vocab_size": size.vocab_size,
+        "n_future_tokens": heads,
+        "hidden_size": size.hidden_size,
+        "trunk_layers": size.trunk_layers,
+        "seed": seed,
+    }
+    key = hashlib.sha256(json.dumps([making, sha256_of(files.train)]).encode()).hexdigest()[:8]
+    folder = size.folder / f"models/{heads}-heads-seed-{seed}-{key}"
     if not (folder / "policy/trunk_fingerprint.json").exists():
-        make_micro_models(
-            data=files.train,
-            policy=folder / "policy",
-            reference=folder / "unused",
-            template=TEMPLATE,
-            vocab_size=size.vocab_size,
-            n_future_tokens=heads,
-            hidden_size=size.hidden_size,
-            trunk_layers=size.trunk_layers,
-            seed=seed,
-        )
+        make_micro_models(data=files.train, policy=folder / "policy", reference=folder / "unused", **making)
     return folder / "policy"
 
 

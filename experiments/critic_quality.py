@@ -15,13 +15,14 @@ import torch
 from intervals import difference, over_seeds
 from matplotlib.axes import Axes
 from placement import base_run, critic_run
+from preference import first_difference
 from runs import Run, do
 from sizes import Size
 
 from wmtp_ds.data.index import build_index
 from wmtp_ds.evaluation import area_under_roc
 from wmtp_ds.launch import resolve_device
-from wmtp_ds.look.columns import Looker
+from wmtp_ds.look.columns import Looker, Solution
 
 TITLE = "The critic: where it knows, and how well it is calibrated"
 TARGETS = ("return", "gae")
@@ -51,7 +52,10 @@ def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
     read = np.array([[own[round(place * (len(own) - 1))] for place in _PLACES] for own in values])
     difficulty = np.array([solution.row.difficulty for solution in solutions])
     last = read[:, -1]
+    problems = np.array([solution.row.problem_id for solution in solutions])
     return {
+        "within problems": [_within(read[:, place], labels, problems) for place in range(len(_PLACES))],
+        "ceiling": ceiling(solutions),
         "auc by place": [_auc(read[:, place], labels) for place in range(len(_PLACES))],
         "auc by difficulty": {
             str(level): _auc(last[difficulty == level], labels[difficulty == level])
@@ -63,6 +67,31 @@ def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
         "brier": float(np.mean((last - labels) ** 2)),
         "solutions": len(solutions),
     }
+
+
+def _within(values: np.ndarray, labels: np.ndarray, problems: np.ndarray) -> float:
+    """The mean over problems of the chance that a right solution has a higher value than a wrong one of the same."""
+    found = [_auc(values[problems == one], labels[problems == one]) for one in sorted(set(problems.tolist()))
+             if len(set(labels[problems == one])) == 2]  # fmt: skip
+    return float(np.mean(found))
+
+
+def ceiling(solutions: Sequence[Solution]) -> list[float]:
+    """The AUC of somebody who sees each edit as soon as it is made: until then a wrong solution is like a right one."""
+    shares = []
+    for solution in solutions:
+        if solution.row.is_correct:
+            continue
+        texts = [token.text for token in solution.tokens]
+        right = [
+            [token.text for token in other.tokens]
+            for other in solutions
+            if other.row.is_correct and other.row.problem_id == solution.row.problem_id
+        ]
+        shared = max((first_difference(texts, other) for other in right), default=0)
+        # At place p the value has read round(p * (tokens - 1)) tokens.
+        shares.append([round(place * (len(texts) - 1)) > shared for place in _PLACES])
+    return [0.5 + 0.5 * float(share) for share in np.mean(np.array(shares, float), 0)]
 
 
 def _auc(values: np.ndarray, labels: np.ndarray) -> float:
@@ -90,24 +119,26 @@ def table(results: dict[str, Any]) -> str:
     """AUC at the beginning, the middle and the end, and calibration."""
     figures = results["figures"]
     places = {f"{10 * place} % read": place for place in (0, 2, 5, 8, 10)}
+    best = figures["return"]["ceiling"][0]
     lines = [
         "| target | " + " | ".join(f"AUC, {name}" for name in places) + " | calibration error | Brier |",
         "|---|" + "---|" * (len(places) + 2),
     ]
     for target, own in figures.items():
-        aucs = [over_seeds([seed[place] for seed in own["auc by place"]]).text() for place in places.values()]
+        aucs = [over_seeds([seed[place] for seed in own["within problems"]]).text() for place in places.values()]
         errors = [over_seeds(own[name]).text() for name in ("calibration error", "brier")]
         lines.append(f"| {target} | " + " | ".join(aucs + errors) + " |")
+    lines.append("| best possible | " + " | ".join(f"{best[place]:.3f}" for place in places.values()) + " | | |")
     levels = list(figures["return"]["auc by difficulty"][0])
     lines += ["", "| target | " + " | ".join(f"AUC, difficulty {level}" for level in levels) + " |"]
     lines += ["|---|" + "---|" * len(levels)]
     for target, own in figures.items():
         aucs = [over_seeds([seed[level] for seed in own["auc by difficulty"]]).text() for level in levels]
         lines.append(f"| {target} | " + " | ".join(aucs) + " |")
-    last = {target: [seed[-1] for seed in own["auc by place"]] for target, own in figures.items()}
+    last = {target: [seed[-1] for seed in own["within problems"]] for target, own in figures.items()}
     lines.append(
         f"\n`gae` minus `return`, AUC at the end: {difference(last['gae'], last['return']).text()}. "
-        f"{figures['return']['solutions'][0]} held-out solutions."
+        f"{figures['return']['solutions'][0]} held-out solutions. A constant value of 0.5 has a Brier score of 0.25."
     )
     return "\n".join(lines)
 
@@ -115,9 +146,10 @@ def table(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], axis: Axes) -> None:
     """AUC by relative place."""
     for target, own in results["figures"].items():
-        found = [over_seeds([seed[place] for seed in own["auc by place"]]) for place in range(len(_PLACES))]
+        found = [over_seeds([seed[place] for seed in own["within problems"]]) for place in range(len(_PLACES))]
         axis.errorbar(_PLACES, [one.mean for one in found], [one.half or 0 for one in found], label=target, capsize=3)
+    axis.plot(_PLACES, results["figures"]["return"]["ceiling"][0], "--", color="grey", label="best possible")
     axis.axhline(0.5, color="grey", linewidth=1)
     axis.set_xlabel("share of the solution that is read")
-    axis.set_ylabel("AUC of the value")
+    axis.set_ylabel("AUC of the value, within problems")
     axis.legend()

@@ -20,32 +20,53 @@ from runs import Run, do
 from sizes import Size
 from solving import solve
 
+from wmtp_ds.data.rows import Row
+from wmtp_ds.data.templates import get_template
+from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.models.loading import read_llama_config
 
 TITLE = "Heads at equal compute"
 HEADS = (1, 2, 4)
 
 
-def cost_per_token(folder: Path) -> int:
-    """Multiply-adds of a forward pass for each token: blocks and unembeddings, attention over the context left out."""
+def cost_per_token(folder: Path, supervised: float = 1.0) -> float:
+    """Multiply-adds of a forward pass for each token: blocks and unembeddings, attention over the context left out.
+
+    Args:
+        folder: of the model.
+        supervised: the share of tokens that are learned, and alone unembedded.
+    """
     config = read_llama_config(folder)
     heads = getattr(config, "n_future_tokens", None) or 1
     hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
     attention = hidden * size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     block = attention + 3 * hidden * config.intermediate_size
-    return int((config.num_hidden_layers + heads - 1) * block + heads * hidden * config.vocab_size)
+    return (config.num_hidden_layers + heads - 1) * block + supervised * heads * hidden * config.vocab_size
+
+
+def supervised_share(files: corpora.Files, folder: Path) -> float:
+    """The share of right solutions' tokens, end tokens included, in their prompts and solutions together."""
+    encoder, template = TextEncoder(corpora.tokenizer_of(folder)), get_template(corpora.TEMPLATE)
+    learned = total = 0
+    for row in corpora.read_rows(files.train):
+        asked = Row(problem_id="", instruction=row["instruction"], input=row["input"], output="", is_correct=True)
+        prompt, solution = encoder([template(asked), row["output"]])
+        learned += len(solution) + 1
+        total += len(prompt) + len(solution) + 2
+    return learned / total
 
 
 def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     """Train all arms, solve problems with each, and time both ways of decoding; figures of each, one a seed."""
     files = corpora.problems(size)
     problems = corpora.held_out(size, files)
-    most = max(HEADS)
-    budget = size.base_steps * cost_per_token(corpora.policy(size, files, seeds[0], most))
+    most = corpora.policy(size, files, seeds[0], max(HEADS))
+    supervised = supervised_share(files, most)
+    budget = size.heads_steps * cost_per_token(most, supervised)
     arms: dict[int, list[Run]] = {}
     for heads in HEADS:
         models = [corpora.policy(size, files, seed, heads) for seed in seeds]
-        steps = round(budget / cost_per_token(models[0]))
+        steps = round(budget / cost_per_token(models[0], supervised))
         arms[heads] = [
             Run(
                 f"heads-{heads}-{seed}",
@@ -66,6 +87,7 @@ def _figures(runs: Sequence[Run], heads: int, problems: Path, size: Size) -> dic
     summaries = [run.summary() for run in runs]
     figures: dict[str, Any] = {
         "steps": summaries[0]["steps"],
+        "seconds": [summary["seconds"] for summary in summaries],
         "loss, head 1": [summary["val/loss_head_1"] for summary in summaries],
         "pass@1": [solve(run.model, problems, corpora.TEMPLATE)["pass@1"] for run in runs],
     }
@@ -100,10 +122,10 @@ def table(results: dict[str, Any]) -> str:
     figures = results["figures"]
     sizes = list(figures[str(max(HEADS))]["speed-up"])
     lines = [
-        "| heads | steps | loss, head 1 | pass@1 | "
+        "| heads | steps | seconds | loss, head 1 | pass@1 | "
         + " | ".join(f"tokens a pass, batch {one} | speed-up, batch {one}" for one in sizes)
         + " |",
-        "|---|---|---|---|" + "---|---|" * len(sizes),
+        "|---|---|---|---|---|" + "---|---|" * len(sizes),
     ]
     for heads, own in figures.items():
         speeds = [
@@ -112,7 +134,13 @@ def table(results: dict[str, Any]) -> str:
             for name in ("tokens a pass", "speed-up")
         ]
         loss, solved = over_seeds(own["loss, head 1"]).text(4), over_seeds(own["pass@1"]).text(3)
-        lines.append(f"| {heads} | {own['steps']} | {loss} | {solved} | {' | '.join(speeds)} |")
+        seconds = over_seeds(own["seconds"]).text(0)
+        lines.append(f"| {heads} | {own['steps']} | {seconds} | {loss} | {solved} | {' | '.join(speeds)} |")
+    different = sum(sum(values) for own in figures.values() for values in own.get("different", {}).values())
+    lines.append(
+        f"\nOf all completions that were decoded both ways, {different} differ (they must not, but for rounding). Each arm's "
+        "learning rate has its own cosine over its own steps, and none was tuned."
+    )
     return "\n".join(lines)
 
 

@@ -1,15 +1,21 @@
 """Does it help to weigh tokens by TD errors, and is it their placement that helps?
 
-Half of the solutions are wrong. A base model learns from all of them; a critic learns on its trunk; then each arm
-goes on from the base model for as many steps, over the same rows:
+Half of the solutions are wrong. A base model and a critic on its trunk learn from the solutions of one half of the
+problems; each arm goes on from the base model with those of the other half, over the same rows for as many steps:
 
-- `uniform`: every token weighs 1;
-- `TD`: the verifiable stage with the weights that its production config has (β = 0.9);
-- `TD, z-scores`: δ as z-scores, β = 1, mean weight 1: weights that differ more;
-- `TD, z-scores, shuffled`: the same weights dealt to other tokens of the same solution;
-- `correct only`: every token weighs 1, and no wrong solution is read. The labels are used as a filter.
+- `uniform`: every token weighs 1 (`baseline`);
+- `uniform, value loss`: `verifiable` with all weights clipped to 1, so that only its value loss is added;
+- `TD, β 0.9`: its production config; `TD, β 0.1`: the same TD errors, weighing more;
+- `GAE, β 0.3`: advantages over many tokens (λ = 0.95);
+- `… shuffled`: the same weights dealt to other tokens of the same solution;
+- `correct only`: the labels as a filter: no wrong solution is read, and twice as many right ones;
+- `correct only, half`: the same for half of the steps, with as many right ones as the others.
+
+The contrast to judge by, named before anything was run: `GAE, β 0.3` minus its shuffled twin, in the share of held-out
+pairs whose right solution is likelier than its nearest wrong one.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,49 +23,78 @@ from typing import Any
 import corpora
 from intervals import difference, over_seeds
 from matplotlib.axes import Axes
+from preference import preference
 from runs import Run, do
 from sizes import Size
 from solving import solve
 
+from wmtp_ds.plots import read_series
+from wmtp_ds.tracking_state import METRICS_FILE
+
 TITLE = "Verifiable against baseline and shuffled weights"
-CONTROL = "uniform"
-_MIXED: dict[str, object] = {"data_sampling.correct_ratio": 0.5}
-_ZSCORES = _MIXED | {"training.td_normalize": "zscore", "training.weight_norm": "mean1", "training.beta": 1.0}
-ARMS: dict[str, tuple[str, dict[str, object]]] = {
-    "uniform": ("baseline", _MIXED),
-    "TD": ("verifiable", _MIXED),
-    "TD, z-scores": ("verifiable", _ZSCORES),
-    "TD, z-scores, shuffled": ("verifiable", _ZSCORES | {"training.shuffle_weights": True}),
-    "correct only": ("baseline", {"data_sampling.correct_ratio": 1.0}),
+CONTROL, BASE = "uniform", "base model"
+PRIMARY = ("GAE, β 0.3", "GAE, β 0.3, shuffled")
+_TD: dict[str, object] = {"training.beta": 0.1}
+_GAE: dict[str, object] = {"training.beta": 0.3, "training.td_lambda": 0.95}
+_SHUFFLED: dict[str, object] = {"training.shuffle_weights": True}
+_ONES: dict[str, object] = {"training.weight_clip_min": 1.0, "training.weight_clip_max": 1.0}
+# Stage, share of right solutions, what differs from its config, and steps as a share of the others'.
+ARMS: dict[str, tuple[str, float, dict[str, object], float]] = {
+    "uniform": ("baseline", 0.5, {}, 1.0),
+    "uniform, value loss": ("verifiable", 0.5, _ONES, 1.0),
+    "TD, β 0.9": ("verifiable", 0.5, {}, 1.0),
+    "TD, β 0.1": ("verifiable", 0.5, _TD, 1.0),
+    "TD, β 0.1, shuffled": ("verifiable", 0.5, _TD | _SHUFFLED, 1.0),
+    "GAE, β 0.3": ("verifiable", 0.5, _GAE, 1.0),
+    "GAE, β 0.3, shuffled": ("verifiable", 0.5, _GAE | _SHUFFLED, 1.0),
+    "correct only": ("baseline", 1.0, {}, 1.0),
+    "correct only, half": ("baseline", 1.0, {}, 0.5),
 }
+_FIGURES = {"preference": 4, "log odds": 3, "loss, head 1": 4, "pass@1": 3}
 
 
 def base_run(size: Size, files: corpora.Files, seed: int) -> Run:
-    """The model that has read all solutions, right and wrong."""
-    model = corpora.policy(size, files, seed, size.heads)
-    settings = {"training.max_steps": size.base_steps, "runtime.seed": seed, "models.policy.path": model}
-    return Run(f"base-{seed}", size, "baseline", settings | _MIXED | files.settings())
+    """The model that has read right and wrong solutions of one half of the problems."""
+    first, _ = corpora.halves(files)
+    settings = {
+        "training.max_steps": size.base_steps,
+        "training.eval_interval": size.base_steps,
+        "runtime.seed": seed,
+        "models.policy.path": corpora.policy(size, files, seed, size.heads),
+        "data_sampling.correct_ratio": 0.5,
+    }
+    return Run(f"base-{seed}", size, "baseline", settings | first.settings())
 
 
 def critic_run(base: Run, files: corpora.Files, seed: int, target: str = "return") -> Run:
-    """A value head on that model's trunk."""
+    """A value head on that model's trunk, from the same half."""
+    first, _ = corpora.halves(files)
     settings = {
         "training.max_steps": base.size.critic_steps,
+        "training.eval_interval": base.size.critic_steps,
         "training.value_target": target,
         "runtime.seed": seed,
         "models.policy.path": base.model,
     }
-    return Run(f"critic-{target}-{seed}", base.size, "critic", settings | files.settings(), (base,))
+    return Run(f"critic-{target}-{seed}", base.size, "critic", settings | first.settings(), (base,))
 
 
 def arm_run(arm: str, base: Run, critic: Run, files: corpora.Files, seed: int) -> Run:
-    """What goes on from the base model."""
-    stage, own = ARMS[arm]
-    settings = {"training.max_steps": base.size.steps, "runtime.seed": seed, "models.policy.path": base.model}
+    """What goes on from the base model, with the other half."""
+    stage, ratio, own, share = ARMS[arm]
+    _, second = corpora.halves(files)
+    settings = {
+        "training.max_steps": round(share * base.size.steps),
+        "runtime.seed": seed,
+        "models.policy.path": base.model,
+        "data_sampling.correct_ratio": ratio,
+    }
+    needs = [base]
     if stage == "verifiable":
         settings["experiment.critic_checkpoint"] = critic.model
-    name = "".join(letter if letter.isalnum() else "-" for letter in arm)
-    return Run(f"{name}-{seed}", base.size, stage, settings | own | files.settings(), (base, critic))
+        needs.append(critic)
+    name = re.sub("[^A-Za-z0-9.]+", "-", arm)
+    return Run(f"{name}-{seed}", base.size, stage, settings | own | second.settings(), tuple(needs))
 
 
 def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
@@ -70,52 +105,68 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     critics = {seed: critic_run(bases[seed], files, seed) for seed in seeds}
     arms = {arm: [arm_run(arm, bases[seed], critics[seed], files, seed) for seed in seeds] for arm in ARMS}
     do([run for own in arms.values() for run in own], workers)
-    arms = {"base model": list(bases.values())} | arms
-    figures = {arm: _figures(own, problems) for arm, own in arms.items()}
-    return {"figures": figures, "commands": {arm: own[0].command for arm, own in arms.items()}}
-
-
-def _figures(runs: Sequence[Run], problems: Path) -> dict[str, list[float]]:
-    summaries = [run.summary() for run in runs]
-    solved = [solve(run.model, problems, corpora.TEMPLATE) for run in runs]
+    arms = {BASE: list(bases.values())} | arms
     return {
-        "loss, head 1": [summary["val/loss_head_1"] for summary in summaries],
-        "loss, all heads": [summary["val/loss"] for summary in summaries],
-        "pass@1": [found["pass@1"] for found in solved],
+        "figures": {arm: _figures(own, files, problems) for arm, own in arms.items()},
+        "steps": {arm: own[0].summary()["steps"] for arm, own in arms.items()},
+        "commands": {arm: own[0].command for arm, own in arms.items()},
     }
+
+
+def _figures(runs: Sequence[Run], files: corpora.Files, problems: Path) -> dict[str, Any]:
+    liked = [preference(run.model, files.validation, run.size.device) for run in runs]
+    solved = [solve(run.model, problems, corpora.TEMPLATE) for run in runs]
+    figures: dict[str, Any] = {
+        "preference": [found["share"] for found in liked],
+        "log odds": [found["log odds"] for found in liked],
+        "pairs": liked[0]["pairs"],
+        "loss, head 1": [run.summary()["val/loss_head_1"] for run in runs],
+        "pass@1": [found["pass@1"] for found in solved],
+        "problems": solved[0]["problems"],
+        "cut off": [found["cut_off"] for found in solved],
+    }
+    for name in ("weight/std", "td/std"):
+        series = [read_series(run.folder / METRICS_FILE, name)[1] for run in runs]
+        if all(series):
+            figures[name] = [sum(values) / len(values) for values in series]
+    return figures
 
 
 def table(results: dict[str, Any]) -> str:
     """Means over seeds, and differences from the uniform arm, paired by seed."""
-    figures = results["figures"]
+    figures, steps = results["figures"], results["steps"]
     lines = [
-        "| arm | loss, head 1 | minus uniform | loss, all heads | pass@1 | minus uniform |",
-        "|---|---|---|---|---|---|",
+        "| arm | steps | right likelier than nearest wrong | minus uniform | log odds (nats) | loss, head 1 | "
+        "minus uniform | pass@1 | std of weights |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, own in figures.items():
         apart = {
-            name: "" if arm in (CONTROL, "base model") else difference(own[name], figures[CONTROL][name]).text(4)
-            for name in ("loss, head 1", "pass@1")
+            name: "" if arm in (CONTROL, BASE) else difference(own[name], figures[CONTROL][name]).text(4)
+            for name in ("preference", "loss, head 1")
         }
+        means = {name: over_seeds(own[name]).text(digits) for name, digits in _FIGURES.items()}
+        spread = over_seeds(own["weight/std"]).text(2) if "weight/std" in own else ""
         lines.append(
-            f"| {arm} | {over_seeds(own['loss, head 1']).text(4)} | {apart['loss, head 1']} | "
-            f"{over_seeds(own['loss, all heads']).text(4)} | {over_seeds(own['pass@1']).text(3)} | {apart['pass@1']} |"
+            f"| {arm} | {steps[arm]} | {means['preference']} | {apart['preference']} | {means['log odds']} | "
+            f"{means['loss, head 1']} | {apart['loss, head 1']} | {means['pass@1']} | {spread} |"
         )
-    placed, shuffled = figures["TD, z-scores"], figures["TD, z-scores, shuffled"]
-    found = {name: difference(placed[name], shuffled[name]).text(4) for name in ("loss, head 1", "pass@1")}
+    placed, dealt = (figures[arm] for arm in PRIMARY)
+    contrast = {name: difference(placed[name], dealt[name]).text(4) for name in ("preference", "loss, head 1")}
+    own = figures[CONTROL]
     lines.append(
-        f"\nPlacement alone (`TD, z-scores` minus shuffled): loss of head 1 {found['loss, head 1']}, "
-        f"pass@1 {found['pass@1']}."
+        f"\nPlacement alone (`{PRIMARY[0]}` minus its shuffled twin): {contrast['preference']} in the share of pairs, "
+        f"{contrast['loss, head 1']} in the loss. {own['pairs']:.0f} pairs, {own['problems']} problems."
     )
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], axis: Axes) -> None:
-    """Each arm's loss minus the uniform one's."""
+    """Each arm's share of pairs minus the uniform one's."""
     figures = results["figures"]
-    arms = [arm for arm in figures if arm not in (CONTROL, "base model")]
-    found = [difference(figures[arm]["loss, head 1"], figures[CONTROL]["loss, head 1"]) for arm in arms]
+    arms = [arm for arm in figures if arm not in (CONTROL, BASE)]
+    found = [difference(figures[arm]["preference"], figures[CONTROL]["preference"]) for arm in arms]
     axis.axvline(0, color="grey", linewidth=1)
     axis.errorbar([one.mean for one in found], arms, xerr=[one.half or 0 for one in found], fmt="o", capsize=4)
     axis.invert_yaxis()
-    axis.set_xlabel("held-out loss of head 1 on correct solutions, minus uniform (nats)")
+    axis.set_xlabel("share of pairs whose right solution is likelier, minus uniform")

@@ -1,7 +1,8 @@
 """What does a ready critic save?
 
-Seconds of a run with all that is in it (models, data, steps, evaluations, exports): the critic and then the
-verifiable stage, against the verifiable stage alone with the critic that is there. The runs are those of `placement`.
+Seconds of a run (models, data, steps, evaluations, exports; not the imports, which all runs share): the critic and then
+the verifiable stage, against the verifiable stage alone with the critic that is there. The runs are those of
+`placement`. What is saved follows from how many steps each takes, so seconds a step are shown, too.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,11 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     files = corpora.problems(size)
     bases = [base_run(size, files, seed) for seed in seeds]
     critics = [critic_run(base, files, seed) for base, seed in zip(bases, seeds, strict=True)]
-    runs = [arm_run("TD", *pair, files, seed) for *pair, seed in zip(bases, critics, seeds, strict=True)]
+    runs = [arm_run("TD, β 0.9", *pair, files, seed) for *pair, seed in zip(bases, critics, seeds, strict=True)]
     do(runs, workers)
     return {
         "figures": {"critic": _seconds(critics), "verifiable": _seconds(runs)},
+        "step": {"critic": _step(critics), "verifiable": _step(runs)},
         "steps": {"critic": size.critic_steps, "verifiable": size.steps},
         "workers": workers,
         "commands": {"critic": critics[0].command, "verifiable": runs[0].command},
@@ -34,6 +36,10 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
 
 def _seconds(runs: Sequence[Run]) -> list[float]:
     return [run.summary()["wall_seconds"] for run in runs]
+
+
+def _step(runs: Sequence[Run]) -> list[float]:
+    return [run.summary()["seconds"] / run.summary()["steps"] for run in runs]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -48,7 +54,8 @@ def table(results: dict[str, Any]) -> str:
             f"| critic, then verifiable | {steps['critic']} + {steps['verifiable']} | {over_seeds(both).text(1)} | 1 |",
             f"| verifiable with a ready critic | {steps['verifiable']} | {over_seeds(figures['verifiable']).text(1)} | "
             f"{over_seeds(share).text(3)} |",
-            f"\n{results['workers']} runs at a time.",
+            f"\nSeconds a step: critic {over_seeds(results['step']['critic']).text(3)}, verifiable "
+            f"{over_seeds(results['step']['verifiable']).text(3)}. {results['workers']} runs at a time.",
         ]
     )
 

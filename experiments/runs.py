@@ -3,6 +3,7 @@
 Each is a process of its own on one rank, without the launcher, forked from one that has imported everything.
 """
 
+import hashlib
 import multiprocessing
 import os
 import shlex
@@ -17,11 +18,14 @@ from typing import Any
 from sizes import Size
 
 from wmtp_ds.config import load_config
+from wmtp_ds.files import sha256_of
 from wmtp_ds.launch import Request
 from wmtp_ds.meeting import free_port
+from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 from wmtp_ds.run_summary import FINAL, read_summary
 
 _SERVER = multiprocessing.get_context("forkserver")
+_KEY = "experiment.key"  # in a run's folder, once it is done
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,22 @@ class Run:
         """What its ``run.json`` says."""
         return read_summary(self.folder)
 
+    def key(self) -> str:
+        """A hash of all that decides it: config, data, the model it begins with, and the runs that it needs."""
+        resolved = load_config(self.size.config(self.stage), self.overrides, checks=False)
+        config = resolved.config
+        parts = [resolved.hash(), *(run.key() for run in self.needs)]
+        parts += [sha256_of(Path(file)) for file in (config.dataset.train, config.dataset.validation)]
+        if not self.needs:
+            parts.append(str(read_trunk_fingerprint(Path(config.models.policy.path))))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def is_done(self) -> bool:
-        """Whether it has come to its end with this very config."""
-        found = self.summary()
-        if not found.get("completed") or not (self.model / "config.toml").exists():
+        """Whether it has come to its end with just this."""
+        try:
+            return (self.folder / _KEY).read_text() == self.key()
+        except OSError:
             return False
-        return bool(found["config_hash"] == load_config(self.size.config(self.stage), self.overrides).hash())
 
 
 def _toml(value: object) -> str:
@@ -107,6 +121,9 @@ def do(runs: Sequence[Run], workers: int, tell: Callable[[str], None] = print) -
             del running[name]
             if one.process.exitcode:
                 _fail(one.run, one.process.exitcode, [other.process for other in running.values()])
+            (one.run.folder / _KEY).write_text(one.run.key())
+            steps, wanted = one.run.summary()["steps"], one.run.settings["training.max_steps"]
+            assert steps == wanted, f"{name} took {steps} steps, not {wanted}: too few rows, or n_epochs"
             done.add(name)
             tell(f"{len(done)} of {total}: {name}, {time.monotonic() - one.began:.0f} s")
         ready = [run for run in waiting.values() if all(needed.name in done for needed in run.needs)]

@@ -11,14 +11,15 @@ class Size:
     Attributes:
         name: also of the folder with its configs, ``experiments/NAME/STAGE.toml``.
         device: "cpu" or "cuda".
-        hidden_size, trunk_layers, vocab_size, heads: of the policy.
+        hidden_size, trunk_layers, vocab_size, heads: of the policy; other studies say where they have other heads.
         problems: that are generated; a tenth of them is held out.
         difficulties: of the problems that are used, from and to.
         base_steps: optimizer steps before a critic can read the trunk.
-        steps: of each arm.
+        steps: of each arm that goes on from there.
         critic_steps: of the critic.
         corpus_steps, reference_steps: of the arms, and of the reference, of the study of corruption.
-        evaluated: held-out problems that are solved for pass@1.
+        heads_steps: of the model with the most heads, in the study of heads.
+        evaluated: held-out problems, at most, that are solved for pass@1.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Size:
     critic_steps: int
     corpus_steps: int
     reference_steps: int
+    heads_steps: int
     evaluated: int
 
     @property
@@ -52,21 +54,22 @@ SMALL = Size(
     hidden_size=128,
     trunk_layers=3,
     vocab_size=1024,
-    heads=4,
-    problems=2200,
-    difficulties=(1, 4),
-    base_steps=200,
-    steps=100,
-    critic_steps=100,
-    corpus_steps=120,
-    reference_steps=200,
-    evaluated=60,
+    heads=2,
+    problems=6600,
+    difficulties=(1, 3),
+    base_steps=1200,
+    steps=200,
+    critic_steps=600,
+    corpus_steps=250,
+    reference_steps=750,
+    heads_steps=500,
+    evaluated=200,
 )
 LARGE = Size(
     name="large",
     device="cuda",
     hidden_size=768,
-    trunk_layers=9,
+    trunk_layers=10,
     vocab_size=8192,
     heads=4,
     problems=22_000,
@@ -76,6 +79,7 @@ LARGE = Size(
     critic_steps=1000,
     corpus_steps=2000,
     reference_steps=4000,
+    heads_steps=4000,
     evaluated=500,
 )
 SIZES = {size.name: size for size in (SMALL, LARGE)}
