@@ -138,8 +138,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {heads} | {own['steps']} | {seconds} | {loss} | {solved} | {' | '.join(speeds)} |")
     different = sum(sum(values) for own in figures.values() for values in own.get("different", {}).values())
     lines.append(
-        f"\nOf all completions that were decoded both ways, {different} differ (they must not, but for rounding). Each arm's "
-        "learning rate has its own cosine over its own steps, and none was tuned."
+        f"\nOf all completions that were decoded both ways, {different} differ (they must not, but for rounding). Each "
+        "arm's learning rate has its own cosine over its own steps, and none was tuned."
     )
     return "\n".join(lines)
 

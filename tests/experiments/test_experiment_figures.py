@@ -10,17 +10,20 @@ import corruption
 import critic_quality
 import heads
 import numpy as np
+import preference
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from intervals import Mean, difference, over_seeds
 from scipy import stats
-from sizes import SMALL
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from wmtp_ds.config import load_config
+from wmtp_ds.data.rows import Row
 from wmtp_ds.data.text_encoder import TextEncoder
+from wmtp_ds.look.columns import Solution, Token
 from wmtp_ds.models.loading import load_policy
 from wmtp_ds.models.micro import make_micro_models
 
@@ -82,6 +85,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> corpora.Files:
                     {
                         "problem_id": str(number),
                         "instruction": f"Add {number}.",
+                        "input": "",
                         "output": f"def f(x):\n    return {body}{'' if is_correct else ' - 1'}\n",
                         "is_correct": is_correct,
                         "difficulty": 1 + number % 3,
@@ -103,14 +107,17 @@ def models(rows: corpora.Files, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {count: root / str(count) for count in heads.HEADS}
 
 
-def test_halves_share_no_problem_and_no_wrong_solution(rows: corpora.Files, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for_reference, for_policy = corpora.halves(SMALL, rows)
-    one, other = (corpora.read_rows(files.train) for files in (for_reference, for_policy))
-    ids = [{row["problem_id"] for row in part} for part in (one, other)]
-    assert not ids[0] & ids[1]
-    assert ids[0] | ids[1] == {str(number) for number in range(40)}
-    assert all(row["is_correct"] for row in (*one, *other, *corpora.read_rows(for_policy.validation)))
+def test_halves_share_no_problem(rows: corpora.Files) -> None:
+    for correct_only in (False, True):
+        first, second = corpora.halves(rows, correct_only=correct_only)
+        one, other = (corpora.read_rows(files.train) for files in (first, second))
+        ids = [{row["problem_id"] for row in part} for part in (one, other)]
+        assert not ids[0] & ids[1]
+        assert ids[0] | ids[1] == {str(number) for number in range(40)}
+        assert min(map(len, ids)) > 10
+        right = all(row["is_correct"] for row in (*one, *other, *corpora.read_rows(second.validation)))
+        assert right == correct_only
+        assert len(one) + len(other) == (40 if correct_only else 80)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
@@ -125,11 +132,15 @@ def test_as_many_tokens_are_corrupted_as_it_says(
     encoder = TextEncoder(tokenizer)
     kept = total = 0
     for clean, spoilt in zip(corpora.read_rows(copy.train), corpora.read_rows(found.train), strict=True):
-        assert clean | {"output": ""} == spoilt | {"output": ""}
+        assert clean | {"output": "", "metadata": {}} == spoilt | {"output": "", "metadata": {}}
         before, after = ([text[a:b] for a, b in encoder.spans(text)] for text in (clean["output"], spoilt["output"]))
         kept += sum(block.size for block in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks())
         total += len(before)
     assert kept / total == pytest.approx(1 - share, abs=0.08)
+    assert corpora.intact(found, tokenizer) == pytest.approx(1 - share, abs=0.08)
+    assert corpora.intact(copy, tokenizer) == 1.0
+    for row in corpora.read_rows(found.train):
+        assert all(row["output"][begin:end] for begin, end in row["metadata"]["spoilt"])
     again = found.train.read_text()
     assert corpora.corrupted(copy, tokenizer, share).train.read_text() == again
     assert corpora.corrupted(copy, tokenizer, 0.0) == copy
@@ -148,6 +159,8 @@ def test_compute_of_heads_is_what_torch_counts(models: dict[int, Path]) -> None:
             count for name, count in counted.items() if "attention" not in str(name) and "bmm" not in str(name)
         )
         assert heads.cost_per_token(folder) == products / length / 2
+        blocks = heads.cost_per_token(folder, 0.0)
+        assert heads.cost_per_token(folder, 0.5) == (blocks + heads.cost_per_token(folder)) / 2
 
 
 def test_tables_are_those_of_the_results() -> None:
@@ -165,6 +178,52 @@ def test_tables_are_those_of_the_results() -> None:
         assert (file.parent / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pairs_are_of_one_problem_and_nearest() -> None:
+    rows = [
+        {"problem_id": "a", "is_correct": True}, {"problem_id": "a", "is_correct": True},
+        {"problem_id": "a", "is_correct": False}, {"problem_id": "b", "is_correct": False},
+        {"problem_id": "b", "is_correct": True}, {"problem_id": "c", "is_correct": False},
+    ]  # fmt: skip
+    solutions = [[1, 2, 3, 4], [9, 8, 7, 6], [9, 8, 5, 6], [1, 1], [2, 2], [3]]
+    assert preference.pairs(rows, solutions) == [(1, 2), (4, 3)]
+    assert preference.first_difference([9, 8, 7, 6], [9, 8, 5, 6]) == 2
+    assert preference.first_difference([1, 2], [1, 2, 3]) == 2
+
+
+def test_preference_is_the_models_own(rows: corpora.Files, models: dict[int, Path]) -> None:
+    """By transformers' cross-entropy of each sequence alone, from the first token on that is another one."""
+    found = preference.preference(models[4], rows.validation, "cpu")
+    plain = LlamaForCausalLM.from_pretrained(models[4], trust_remote_code=False).eval()
+    tokenizer = corpora.tokenizer_of(models[4])
+    odds = []
+    for right, wrong in zip(*[iter(corpora.read_rows(rows.validation))] * 2, strict=True):
+        ends = []
+        a, b = ([*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id] for row in (right, wrong))
+        first = next(place for place, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
+        for row, solution in ((right, a), (wrong, b)):
+            prompt = [tokenizer.bos_token_id, *tokenizer(f"{row['instruction']}\n\n").input_ids]
+            labels = torch.tensor([[-100] * (len(prompt) + first) + solution[first:]])
+            with torch.no_grad():
+                loss = plain(torch.tensor([prompt + solution]), labels=labels).loss
+            ends.append(-loss.item() * (len(solution) - first))
+        odds.append(ends[0] - ends[1])
+    assert found["log odds"] == pytest.approx(np.mean(odds), rel=1e-3, abs=1e-4)
+    assert found["share"] == np.mean([one > 0 for one in odds])
+    assert found["pairs"] == 10
+
+
+def test_nobody_can_know_an_edit_before_it_is_made() -> None:
+    def solution(problem: str, texts: str, is_correct: bool) -> Solution:
+        row = Row(problem_id=problem, instruction="i", output=texts, is_correct=is_correct)
+        return Solution(row, 1, [Token(text, "name", {}) for text in texts])
+
+    found = critic_quality.ceiling(
+        [solution("p", "abcdefghij.", True), solution("p", "abcdeXghij.", False), solution("p", "abcdefghiX.", False)]
+    )
+    # Eleven tokens: at place p the value has read 10 p of them; the edits are the sixth and the tenth.
+    assert found == [0.5] * 6 + [0.75] * 4 + [1.0]
+
+
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_all_stages_read_the_same_rows_as_often(size: str) -> None:
     repository = Path(corpora.__file__).resolve().parents[1]
@@ -174,6 +233,7 @@ def test_all_stages_read_the_same_rows_as_often(size: str) -> None:
         config = load_config(repository / f"experiments/{size}/{stage}.toml", overrides, checks=False).config
         assert not config.early_stopping.enabled
         alike = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "scheduler")
+        alike += ("max_grad_norm", "weight_decay", "warmup_ratio", "optimizer", "betas")
         sampling = config.data_sampling.model_dump(exclude={"curriculum_schedule", "difficulty_bins"})
         assert not sampling["curriculum_learning"]  # by which alone these two are read
         tables.append((config.dataset, sampling, [getattr(config.training, name) for name in alike]))

@@ -37,7 +37,7 @@ def test_a_study_is_done_once_and_goes_on(here: Path, capfd: pytest.CaptureFixtu
     assert results["seeds"] == [0]
     assert {len(values) for values in figures.values()} == {1}
     runs = here / TINY.folder / "runs"
-    for name, stage in (("base-0", "baseline"), ("critic-return-0", "critic"), ("TD-0", "verifiable")):
+    for name, stage in (("base-0", "baseline"), ("critic-return-0", "critic"), ("TD-0.9-0", "verifiable")):
         summary = json.loads((runs / name / "run.json").read_text())
         assert (summary["stage"], summary["steps"], summary["world_size"]) == (stage, 2, 1)
     share = figures["verifiable"][0] / (figures["verifiable"][0] + figures["critic"][0])
@@ -48,16 +48,16 @@ def test_a_study_is_done_once_and_goes_on(here: Path, capfd: pytest.CaptureFixtu
     assert readme.startswith(f"Before\n<!-- rerun_cost -->\n{table}\nSeeds 0 to 0; CPU, ")
     assert readme.endswith("results/rerun_cost/figure.png)\n<!-- end -->\nAfter\n<!-- heads -->\n<!-- end -->\n")
     said = capfd.readouterr().out
-    assert "3 of 3: TD-0" in said
+    assert "3 of 3: TD-0.9-0" in said
     # The handoff: the critic's trunk is the base model, and the verifiable run has its value head.
     assert f"--override models.policy.path={TINY.folder}/runs/base-0/checkpoint_final" in results["commands"]["critic"]
     assert "experiment.critic_checkpoint=" in results["commands"]["verifiable"]
 
-    (runs / "TD-0" / "run.json").unlink()
+    (runs / "TD-0.9-0" / "experiment.key").unlink()
     before = (runs / "base-0" / "run.json").stat().st_mtime_ns
     run.conduct("rerun_cost", TINY, [0], workers=1)
     assert (runs / "base-0" / "run.json").stat().st_mtime_ns == before
-    assert json.loads((runs / "TD-0" / "run.json").read_text())["completed"]
+    assert json.loads((runs / "TD-0.9-0" / "run.json").read_text())["completed"]
     assert "base-0, " not in capfd.readouterr().out
 
 
