@@ -33,9 +33,12 @@ class Files:
 
 
 def problems(size: Size) -> Files:
-    """Correct and incorrect solutions, half and half, of the problems that a size uses; prompts without an example."""
+    """Right and wrong solutions of the problems that a size uses; prompts without an example."""
     whole, own = size.folder / "data/all", size.folder / "data/problems"
-    run(f"wmtp-ds data sample --problems {size.problems} --output {whole}")
+    if size.problems:
+        run(f"wmtp-ds data sample --problems {size.problems} --output {whole}")
+    else:
+        run(f"wmtp-ds data import mbpp --input {size.mbpp} --output {whole}")
     lowest, highest = size.difficulties
     for name in ("train", "validation"):
         rows = [row for row in read_rows(whole / f"{name}.jsonl") if lowest <= row["difficulty"] <= highest]
@@ -102,16 +105,22 @@ def corrupted(files: Files, tokenizer: PreTrainedTokenizerBase, share: float) ->
     return Files(file, files.validation)
 
 
-def intact(files: Files, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The share of a training set's solution tokens that hold nothing of what was put in."""
+def marks(files: Files, tokenizer: PreTrainedTokenizerBase) -> list[list[bool]]:
+    """Of each token of each training row's solution, whether it holds anything of what was put in."""
     encoder = TextEncoder(tokenizer)
-    whole = total = 0
+    found = []
     for row in read_rows(files.train):
         spoilt = row.get("metadata", {}).get("spoilt", [])
-        for begin, end in encoder.spans(row["output"]):
-            total += 1
-            whole += not any(begin < last and first < end for first, last in spoilt)
-    return whole / total
+        found.append(
+            [any(begin < last and first < end for first, last in spoilt) for begin, end in encoder.spans(row["output"])]
+        )
+    return found
+
+
+def intact(files: Files, tokenizer: PreTrainedTokenizerBase) -> float:
+    """The share of a training set's solution tokens that hold nothing of what was put in."""
+    found = [spoilt for own in marks(files, tokenizer) for spoilt in own]
+    return 1 - sum(found) / len(found)
 
 
 def policy(size: Size, files: Files, seed: int, heads: int) -> Path:

@@ -6,10 +6,14 @@ excess loss over the reference; both have one head, as in the paper, see the sam
 learning rate, and are judged on clean solutions of other problems. The reference's training is no part of these steps,
 and it has read clean data that the baseline never sees: that is the method's price.
 
+Two arms bound what selection can do, at 30 %: `random` learns from as many tokens, chosen by lot; `intact` from as
+many, but never a corrupted one, as nobody could in earnest.
+
 The contrast to judge by, named before anything was run: `rho1` with k = 0.6 minus the baseline where 30 % are
 corrupted.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import corpora
 from intervals import difference, over_seeds
 from matplotlib.axes import Axes
 from runs import Run, do
+from selections import score, with_other_scores
 from sizes import Size
 
 from wmtp_ds.plots import read_series
@@ -31,14 +36,16 @@ SWEPT = 0.3  # the share of corrupted tokens at which k is swept
 _LOSS = "val/loss_head_1"
 
 
-def _arms() -> list[tuple[float, float | None]]:
-    """Share of corrupted tokens, and k; None is the baseline."""
-    arms: list[tuple[float, float | None]] = [(share, k) for share in SHARES for k in (None, K_PERCENT)]
-    return arms + [(SWEPT, k) for k in SWEEP if k != K_PERCENT]
+Arm = tuple[float, str, float]  # share of corrupted tokens, who selects, k
+ARMS: tuple[Arm, ...] = (
+    *((share, method, k) for share in SHARES for method, k in (("baseline", 1.0), ("rho1", K_PERCENT))),
+    *((SWEPT, "rho1", k) for k in SWEEP if k != K_PERCENT),
+    *((SWEPT, method, K_PERCENT) for method in ("random", "intact")),
+)
 
 
-def _name(share: float, k: float | None) -> str:
-    return f"{round(100 * share)} %, " + ("baseline" if k is None else f"rho1 k={k}")
+def _name(share: float, method: str, k: float) -> str:
+    return f"{round(100 * share)} %, {method}" + ("" if method == "baseline" else f" k={k}")
 
 
 def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
@@ -58,8 +65,14 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
             "runtime.seed": 1000 + seed,
         }
         references[seed] = Run(f"reference-{seed}", size, "baseline", settings | clean.settings())
-    for share, k in _arms():
-        arms[_name(share, k)] = [_arm(models[seed], corpus[share], references[seed], seed, share, k) for seed in seeds]
+    do(list(references.values()), workers)
+    scored = {seed: score(references[seed], corpus[SWEPT]) for seed in seeds}
+    marks = corpora.marks(corpus[SWEPT], tokenizer)
+    for arm in ARMS:
+        arms[_name(*arm)] = [
+            _run(arm, models[seed], corpus[arm[0]], seed, references[seed], _lots(arm[1], scored[seed], marks, seed))
+            for seed in seeds
+        ]
     do([run for runs in arms.values() for run in runs], workers)
     figures = {arm: _figures(runs) for arm, runs in arms.items()}
     return {
@@ -71,7 +84,19 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     }
 
 
-def _arm(model: Path, files: corpora.Files, reference: Run, seed: int, share: float, k: float | None) -> Run:
+def _lots(method: str, scored: Path, marks: Sequence[Sequence[bool]], seed: int) -> Path | None:
+    """Scores that let `rho1` select by lot, or by lot among tokens that are intact."""
+    if method not in ("random", "intact"):
+        return None
+    rng = random.Random(seed)
+    known = float(method == "intact")
+    # The end token, which no row's text has, is always intact.
+    values = [[rng.random() + known * (not spoilt) for spoilt in (*own, False)] for own in marks]
+    return with_other_scores(scored, scored.with_name(f"{scored.name}-{method}"), values)
+
+
+def _run(arm: Arm, model: Path, files: corpora.Files, seed: int, reference: Run, lots: Path | None) -> Run:
+    share, method, k = arm
     size = reference.size
     settings: dict[str, object] = {
         "training.max_steps": size.corpus_steps,
@@ -80,10 +105,12 @@ def _arm(model: Path, files: corpora.Files, reference: Run, seed: int, share: fl
         "runtime.seed": seed,
         "models.policy.path": model,
     }
-    name = f"corrupted-{round(100 * share)}-{'baseline' if k is None else f'rho1-{k}'}-{seed}"
-    if k is None:
+    name = f"corrupted-{round(100 * share)}-{method}-{k}-{seed}"
+    if method == "baseline":
         return Run(name, size, "baseline", settings | files.settings())
     settings |= {"training.k_percent": k, "models.reference.path": reference.model}
+    if lots is not None:
+        settings |= {"training.excess": "reference", "models.reference.scores": lots}
     return Run(name, size, "rho1", settings | files.settings(), (reference,))
 
 
@@ -123,7 +150,7 @@ def table(results: dict[str, Any]) -> str:
             arrived = sum(time is not None for time in times)
             reached = f"{'never' if median > total else f'{median:.0f}'} ({arrived} of {len(times)} seeds arrive)"
         lines.append(f"| {share} corrupted | {method} | {over_seeds(own['loss']).text(4)} | {apart} | {reached} |")
-    damaged = ", ".join(f"{share}: {1 - found:.1%}" for share, found in results["intact"].items())
+    damaged = ", ".join(f"{share}: {100 * (1 - found):.1f} %" for share, found in results["intact"].items())
     known = over_seeds(results["reference loss"]).text(4)
     lines.append(
         f"\nSteps are the median over seeds. The reference's own loss: {known}. "

@@ -100,7 +100,7 @@ def arm_run(arm: str, base: Run, critic: Run, files: corpora.Files, seed: int) -
 def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     """Train and evaluate all arms; figures of each, one a seed."""
     files = corpora.problems(size)
-    problems = corpora.held_out(size, files)
+    problems = corpora.held_out(size, files) if size.evaluated else None
     bases = {seed: base_run(size, files, seed) for seed in seeds}
     critics = {seed: critic_run(bases[seed], files, seed) for seed in seeds}
     arms = {arm: [arm_run(arm, bases[seed], critics[seed], files, seed) for seed in seeds] for arm in ARMS}
@@ -113,18 +113,19 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     }
 
 
-def _figures(runs: Sequence[Run], files: corpora.Files, problems: Path) -> dict[str, Any]:
+def _figures(runs: Sequence[Run], files: corpora.Files, problems: Path | None) -> dict[str, Any]:
     liked = [preference(run.model, files.validation, run.size.device) for run in runs]
-    solved = [solve(run.model, problems, corpora.TEMPLATE) for run in runs]
     figures: dict[str, Any] = {
         "preference": [found["share"] for found in liked],
         "log odds": [found["log odds"] for found in liked],
         "pairs": liked[0]["pairs"],
         "loss, head 1": [run.summary()["val/loss_head_1"] for run in runs],
-        "pass@1": [found["pass@1"] for found in solved],
-        "problems": solved[0]["problems"],
-        "cut off": [found["cut_off"] for found in solved],
     }
+    if problems is not None:
+        solved = [solve(run.model, problems, corpora.TEMPLATE) for run in runs]
+        figures["pass@1"] = [found["pass@1"] for found in solved]
+        figures["problems"] = solved[0]["problems"]
+        figures["cut off"] = [found["cut_off"] for found in solved]
     for name in ("weight/std", "td/std"):
         series = [read_series(run.folder / METRICS_FILE, name)[1] for run in runs]
         if all(series):
@@ -145,18 +146,19 @@ def table(results: dict[str, Any]) -> str:
             name: "" if arm in (CONTROL, BASE) else difference(own[name], figures[CONTROL][name]).text(4)
             for name in ("preference", "loss, head 1")
         }
-        means = {name: over_seeds(own[name]).text(digits) for name, digits in _FIGURES.items()}
+        means = {name: over_seeds(own[name]).text(digits) for name, digits in _FIGURES.items() if name in own}
         spread = over_seeds(own["weight/std"]).text(2) if "weight/std" in own else ""
         lines.append(
             f"| {arm} | {steps[arm]} | {means['preference']} | {apart['preference']} | {means['log odds']} | "
-            f"{means['loss, head 1']} | {apart['loss, head 1']} | {means['pass@1']} | {spread} |"
+            f"{means['loss, head 1']} | {apart['loss, head 1']} | {means.get('pass@1', 'not measured')} | {spread} |"
         )
     placed, dealt = (figures[arm] for arm in PRIMARY)
     contrast = {name: difference(placed[name], dealt[name]).text(4) for name in ("preference", "loss, head 1")}
     own = figures[CONTROL]
+    counted = f"{own['pairs']:.0f} pairs" + (f", {own['problems']} problems" if "problems" in own else "")
     lines.append(
         f"\nPlacement alone (`{PRIMARY[0]}` minus its shuffled twin): {contrast['preference']} in the share of pairs, "
-        f"{contrast['loss, head 1']} in the loss. {own['pairs']:.0f} pairs, {own['problems']} problems."
+        f"{contrast['loss, head 1']} in the loss. {counted}."
     )
     return "\n".join(lines)
 

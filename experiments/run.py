@@ -5,6 +5,7 @@ figure.png to experiments/results/STUDY (another size: STUDY-SIZE). README.md be
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from sizes import SIZES, Size
 
 STUDIES = ("placement", "corruption", "critic_quality", "rerun_cost", "heads")
+OF_MBPP = ("placement", "corruption", "critic_quality")
 RESULTS = Path("experiments/results")
 README = Path("experiments/README.md")
 
@@ -93,20 +95,29 @@ def main() -> None:
     """Do what is asked for, in the order of the list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)}; all by default")
-    parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on a CPU; large: a GPU")
+    parser.add_argument(
+        "--size", choices=SIZES, default="small", help="small: minutes on a CPU; mbpp: the same with MBPP; large: a GPU"
+    )
+    parser.add_argument("--mbpp", type=Path, metavar="FOLDER", help="with MBPP's train.jsonl and validation.jsonl")
     parser.add_argument("--seeds", type=int, default=5, help="how many; 5 by default")
     parser.add_argument("--workers", type=int, help="runs at a time; one a CPU core, one on a GPU")
     parser.add_argument("--show", action="store_true", help="only make tables and figures again from results.json")
     asked = parser.parse_args()
-    unknown = set(asked.studies) - set(STUDIES)
-    if unknown:
-        parser.error(f"no study is called {', '.join(sorted(unknown))}: choose from {', '.join(STUDIES)}")
+    known = OF_MBPP if asked.size == "mbpp" else STUDIES
+    if unknown := set(asked.studies) - set(known):
+        parser.error(
+            f"no study of size {asked.size} is called {', '.join(sorted(unknown))}: choose from {', '.join(known)}"
+        )
+    if (asked.size == "mbpp" and not asked.show) != (asked.mbpp is not None):
+        parser.error("--size mbpp needs --mbpp FOLDER, and nothing else does")
     if asked.seeds < 1 or (asked.workers is not None and asked.workers < 1):
         parser.error("--seeds and --workers must be at least 1")
-    os.chdir(Path(__file__).resolve().parents[1])
     size = SIZES[asked.size]
+    if asked.mbpp is not None:
+        size = dataclasses.replace(size, mbpp=asked.mbpp.resolve())
+    os.chdir(Path(__file__).resolve().parents[1])
     workers = asked.workers or (1 if size.device == "cuda" else len(os.sched_getaffinity(0)))
-    for name in asked.studies or STUDIES:
+    for name in asked.studies or known:
         if asked.show:
             folder = folder_of(name, size)
             show(load(name), json.loads((folder / "results.json").read_text()), folder)

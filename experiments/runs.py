@@ -23,6 +23,7 @@ from wmtp_ds.launch import Request
 from wmtp_ds.meeting import free_port
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint
 from wmtp_ds.run_summary import FINAL, read_summary
+from wmtp_ds.scores.manifest import read_manifest
 
 _SERVER = multiprocessing.get_context("forkserver")
 _KEY = "experiment.key"  # in a run's folder, once it is done
@@ -73,13 +74,15 @@ class Run:
         return read_summary(self.folder)
 
     def key(self) -> str:
-        """A hash of all that decides it: config, data, the model it begins with, and the runs that it needs."""
+        """A hash of all that decides it: config, data, model, reference scores, and the runs that it needs."""
         resolved = load_config(self.size.config(self.stage), self.overrides, checks=False)
         config = resolved.config
         parts = [resolved.hash(), *(run.key() for run in self.needs)]
         parts += [sha256_of(Path(file)) for file in (config.dataset.train, config.dataset.validation)]
         if not self.needs:
             parts.append(str(read_trunk_fingerprint(Path(config.models.policy.path))))
+        if (reference := config.models.reference) is not None and reference.scores is not None:
+            parts.append(read_manifest(Path(reference.scores)).checksum())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def is_done(self) -> bool:

@@ -1,5 +1,6 @@
-"""The two sizes of every experiment: minutes on a CPU, or a GPU."""
+"""The sizes of the experiments: minutes on a CPU, with generated problems or MBPP, or a GPU."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,20 +10,23 @@ class Size:
     """Models, data and steps.
 
     Attributes:
-        name: also of the folder with its configs, ``experiments/NAME/STAGE.toml``.
+        name: what it is called.
+        configs: the folder of the stages' configs, below ``experiments``.
         device: "cpu" or "cuda".
         hidden_size, trunk_layers, vocab_size, heads: of the policy; other studies say where they have other heads.
-        problems: that are generated; a tenth of them is held out.
+        problems: that are generated, a tenth of them held out; 0: those of MBPP.
         difficulties: of the problems that are used, from and to.
         base_steps: optimizer steps before a critic can read the trunk.
         steps: of each arm that goes on from there.
         critic_steps: of the critic.
         corpus_steps, reference_steps: of the arms, and of the reference, of the study of corruption.
         heads_steps: of the model with the most heads, in the study of heads.
-        evaluated: held-out problems, at most, that are solved for pass@1.
+        evaluated: held-out problems, at most, that are solved for pass@1; 0: none, it is not measured.
+        mbpp: the folder with MBPP's files.
     """
 
     name: str
+    configs: str
     device: str
     hidden_size: int
     trunk_layers: int
@@ -37,6 +41,7 @@ class Size:
     reference_steps: int
     heads_steps: int
     evaluated: int
+    mbpp: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -45,11 +50,12 @@ class Size:
 
     def config(self, stage: str) -> Path:
         """The config that the runs of a stage begin with."""
-        return Path("experiments") / self.name / f"{stage}.toml"
+        return Path("experiments") / self.configs / f"{stage}.toml"
 
 
 SMALL = Size(
     name="small",
+    configs="small",
     device="cpu",
     hidden_size=128,
     trunk_layers=3,
@@ -67,6 +73,7 @@ SMALL = Size(
 )
 LARGE = Size(
     name="large",
+    configs="large",
     device="cuda",
     hidden_size=768,
     trunk_layers=10,
@@ -82,4 +89,9 @@ LARGE = Size(
     heads_steps=4000,
     evaluated=500,
 )
-SIZES = {size.name: size for size in (SMALL, LARGE)}
+# So few problems that more steps would only learn them by heart; so short prompts that no solution can know its name.
+MBPP = dataclasses.replace(
+    SMALL, name="mbpp", problems=0, difficulties=(1, 11), base_steps=400, steps=100, critic_steps=200, corpus_steps=150,
+    reference_steps=300, evaluated=0,
+)  # fmt: skip
+SIZES = {size.name: size for size in (SMALL, MBPP, LARGE)}

@@ -5,17 +5,24 @@ import json
 import os
 from pathlib import Path
 
+import corruption
+import numpy as np
 import pytest
 import run
 from conftest import REPOSITORY
 from ranks import fork
 from sizes import SMALL
 
+from wmtp_ds.models.loading import load_tokenizer
+from wmtp_ds.scores.manifest import read_manifest
+from wmtp_ds.scores.reader import ReferenceScores
+
 pytestmark = pytest.mark.launch
 
 TINY = dataclasses.replace(
-    SMALL, hidden_size=64, trunk_layers=1, heads=2, problems=44, base_steps=2, steps=2, critic_steps=2
-)
+    SMALL, hidden_size=64, trunk_layers=1, heads=2, problems=44, base_steps=2, steps=2, critic_steps=2, corpus_steps=2,
+    reference_steps=2,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -72,3 +79,37 @@ def test_a_run_that_fails_says_why(here: Path) -> None:
     spoilt.settings["training.batch_size"] = "many"
     with pytest.raises(SystemExit, match=r"(?s)base-0 ended with exit code 2.*batch_size.*wmtp-ds train"):
         do([spoilt], 1)
+
+
+def test_tokens_are_selected_by_lot(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them: the baseline. Known intact ones: nothing that was put in, while there is enough else."""
+    share = corruption.SWEPT
+    arms = ((share, "baseline", 1.0), (share, "random", 1.0), (share, "intact", 0.6))
+    monkeypatch.setattr(corruption, "ARMS", arms)
+    run.conduct("corruption", TINY, [3], workers=2)
+    figures = json.loads((here / "results/corruption/results.json").read_text())["figures"]
+    for (steps, losses), (baseline_steps, baseline) in zip(
+        figures["30 %, random k=1.0"]["curves"], figures["30 %, baseline"]["curves"], strict=True
+    ):
+        assert steps == baseline_steps == [1, 2]
+        assert losses == pytest.approx(baseline, abs=1e-5)  # sums in another order
+    assert figures["30 %, intact k=0.6"]["loss"] != figures["30 %, baseline"]["loss"]
+
+    size = here / TINY.folder
+    [made] = (size / "data/problems").glob("half-1-right-corrupted-30.jsonl")
+    scores = size / "scores" / f"{made.stem}-reference-3-intact"
+    manifest = read_manifest(scores)
+    numbers = ReferenceScores(scores, manifest, manifest.inputs[0])
+    tokenizer = load_tokenizer(size / "runs/reference-3/checkpoint_final")
+    kept = 0
+    for place, row in enumerate(map(json.loads, made.read_text().splitlines())):
+        prompt = tokenizer(f"{row['instruction']}\n\n").input_ids
+        found = tokenizer(row["output"], return_offsets_mapping=True)
+        ids = [tokenizer.bos_token_id, *prompt, *found.input_ids, tokenizer.eos_token_id]
+        values = numbers(place, np.array(ids), len(found.input_ids) + 1)
+        for value, (begin, end) in zip(values[:-1], found.offset_mapping, strict=True):
+            touched = any(a < end and begin < b for a, b in row["metadata"]["spoilt"])
+            assert (value < 1) == touched
+            kept += not touched
+        assert values[-1] >= 1
+    assert kept > 100

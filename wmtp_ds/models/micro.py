@@ -104,21 +104,21 @@ def make_micro_models(
     )
     return (
         _write_random(policy, policy_config, n_future_tokens, tokenizer, seed),
-        _write_random(reference, reference_config, 1, tokenizer, seed + 1),
+        _write_random(reference, reference_config, None, tokenizer, seed + 1),
     )
 
 
-def _write_random(folder: Path, config: LlamaConfig, heads: int, tokenizer: Any, seed: int) -> int:
-    """A random model with as many heads, and its size; with one head the folder is a plain Llama's."""
+def _write_random(folder: Path, config: LlamaConfig, heads: int | None, tokenizer: Any, seed: int) -> int:
+    """A random policy with as many heads, or a plain Llama (None); its size."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        with_heads = LlamaConfig.from_dict(config.to_dict() | {"n_future_tokens": heads})
+        with_heads = LlamaConfig.from_dict(config.to_dict() | {"n_future_tokens": heads or 1})
         model = MTPLlamaForCausalLM(with_heads)
     save_weights(model, partial)
-    write_config(partial, with_heads if heads > 1 else config, torch.float32)
+    write_config(partial, config if heads is None else with_heads, torch.float32)
     tokenizer.save_pretrained(partial)
     store_trunk_fingerprint(partial)
     shutil.rmtree(folder, ignore_errors=True)
