@@ -19,10 +19,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wmtp_ds import distributed
 from wmtp_ds import launch as launching
 from wmtp_ds import rank as ranks
 from wmtp_ds.config import ConfigError
-from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.errors import CutShortError, RunError, UserError
 from wmtp_ds.launch import (
     Place,
     Request,
@@ -589,8 +590,8 @@ LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:545] Connection closed by pe
 
 
 def wrapped() -> RunError:
-    """As a checkpoint that cannot be written wraps what has stopped it."""
-    error = RunError("checkpoint could not be written")
+    """As a checkpoint that is cut short wraps what has stopped it."""
+    error = CutShortError("step_2 was not finished", LOST)
     error.__cause__ = LOST
     return error
 
@@ -630,8 +631,23 @@ def test_a_rank_that_lost_another_leaves_it_the_word(monkeypatch, error, loss, s
     began = time.monotonic()
     assert ranks._say(error) == 1
     assert (time.monotonic() - began >= 0.2) is waits
-    assert peers.said[0].startswith(said)
+    before = "step_2 was not finished: " if isinstance(error, CutShortError) else ""
+    assert peers.said[0].startswith(before + said)
     assert peers.reported == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[../gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:4242",
+        "[/pytorch/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete",
+        "[/pytorch/gloo/transport/tcp/pair.cc:451] Application timeout caused pair closure",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_the_words_of_gloo_and_nccl_for_a_peer_that_is_gone(words):
+    assert distributed.is_loss_of_a_peer(RuntimeError(words))
+    assert not distributed.is_loss_of_a_peer(ValueError(words))
 
 
 def test_a_rank_that_was_asked_to_end_says_nothing_of_others(monkeypatch, capsys):

@@ -28,7 +28,7 @@ from wmtp_ds.checkpoint_files import (
     write_manifest,
 )
 from wmtp_ds.engine import Engine
-from wmtp_ds.errors import RunError
+from wmtp_ds.errors import CutShortError, RunError
 from wmtp_ds.files import write_atomically
 from wmtp_ds.universal import convert
 
@@ -92,10 +92,9 @@ class Checkpoints:
         try:
             said = distributed.failures_of_all(failures)
         except RuntimeError as error:
-            raise RunError(
-                f"checkpoint {partial.name.removeprefix(PARTIAL)} was not finished: another rank is gone ({error}). "
-                "The checkpoints before it are untouched; go on with --resume auto."
-            ) from error
+            step = partial.name.removeprefix(PARTIAL)
+            what = f"checkpoint {step} was not finished, and those before it are untouched"
+            raise CutShortError(what, error) from error
         if not said:
             return
         if distributed.is_main():  # what is there of it takes room where there may be none

@@ -139,7 +139,8 @@ def is_loss_of_a_peer(error: BaseException) -> bool:
 
 _LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|remote process exited"
-    r"|Socket Timeout|Timed out waiting \d+ms|ncclRemoteError|failed to recv, got 0 bytes"
+    r"|Application timeout caused pair closure|Socket Timeout|Timed out waiting \d+ms|ncclRemoteError"
+    r"|failed to recv, got 0 bytes"
 )
 
 

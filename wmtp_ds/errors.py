@@ -26,3 +26,11 @@ class RunError(UserError):
     def __init__(self, message: str, *, everywhere: bool = False):
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class CutShortError(RunError):
+    """Another rank has gone while all were at something. ``what`` has become of it: a sentence without its point."""
+
+    def __init__(self, what: str, error: Exception):
+        super().__init__(f"{what}: another rank is gone ({error}). Go on with --resume auto.")
+        self.what = what

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.errors import CutShortError, RunError, UserError
 from wmtp_ds.launch import (
     Place,
     Request,
@@ -169,7 +169,8 @@ def _say_loss(error: Exception) -> None:
         time.sleep(_LAST_WORD_SECONDS)
     last = " ".join(str(error).split())[:200]
     unknown = f"rank {distributed.rank()} waits in vain for another one, though all give signs of life ({last})"
-    peers.say(unknown if loss is None else loss.text)
+    lost = f"{error.what}: " if isinstance(error, CutShortError) else ""
+    peers.say(lost + (unknown if loss is None else loss.text))
 
 
 def share_cores(ranks: int) -> None:

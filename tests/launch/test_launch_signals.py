@@ -1,5 +1,6 @@
 """Signals through the real launchers: what they end, what is saved, who says what, and how long it takes."""
 
+import itertools
 import json
 import os
 import re
@@ -22,8 +23,11 @@ pytestmark = pytest.mark.launch
 class Session:
     """A command in a session of its own, as in a terminal, and what it says."""
 
+    numbers = itertools.count()
+
     def __init__(self, command: list[str], cwd: Path):
-        self.log = cwd / "session.log"
+        # A file of its own: a launcher of the session before may still have a last line to write.
+        self.log = cwd / f"session-{next(self.numbers)}.log"
         with self.log.open("w") as stream:
             self.front = subprocess.Popen(
                 command, cwd=cwd, env=environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True

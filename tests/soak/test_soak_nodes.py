@@ -109,15 +109,17 @@ def test_folders_that_are_not_shared_are_refused(place: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_either_machine_may_be_lost(place: Path, lost: int, number: signal.Signals) -> None:
+def test_either_machine_may_be_lost(workspace: Path, lost: int, number: signal.Signals) -> None:
     """With two ranks on each; one of them speaks."""
     arguments = start_options("lost", "runtime.peer_timeout=20")
-    with Nodes(TRAIN, arguments, [place, place], ranks=2) as nodes:
+    with Nodes(TRAIN, arguments, [workspace, workspace], ranks=2) as nodes:
         nodes.wait_for(0, "step      3/")
         nodes.signal(lost, number)
-        assert set(nodes.wait(1 - lost, 120)) <= {1, 143}
+        assert nodes.wait(1 - lost, 120) == [1, -signal.SIGTERM]  # the second as its launcher asks it to
         said = nodes.said(1 - lost)
         assert said.count("error: ") == 1, said
-        assert f"error: rank {2 * lost} (node {lost}, " in said
+        # What is cut short may be a save.
+        first = rf"^error: (checkpoint \S+ was not finished, .*: )?rank {2 * lost} \(node {lost}, "
+        assert re.search(first, said, re.MULTILINE)
         assert (f", rank {2 * lost + 1} (node {lost}, " in said) is (lost == 1)
         assert "Traceback" not in said
