@@ -56,11 +56,17 @@ def held_out(size: Size, files: Files) -> Path:
 
 
 def halves(files: Files, *, correct_only: bool = False) -> tuple[Files, Files]:
-    """The training problems in two halves, by a hash of their ids; the held-out ones are the same for both."""
+    """The training problems in two halves, by a hash of their ids; the held-out ones are the same for both.
+
+    With right solutions only, each held-out problem has one: enough to measure a loss a dozen times a run.
+    """
     name = "right" if correct_only else "both"
     found = []
     validation = files.validation.with_name(f"validation-{name}.jsonl")
-    write_rows(validation, _kept(files.validation, correct_only))
+    held_out = _kept(files.validation, correct_only)
+    if correct_only:
+        held_out = list({row["problem_id"]: row for row in held_out}.values())
+    write_rows(validation, held_out)
     for half in (0, 1):
         rows = [row for row in _kept(files.train, correct_only) if _half(row["problem_id"]) == half]
         train = files.train.with_name(f"half-{half}-{name}.jsonl")

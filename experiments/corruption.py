@@ -31,7 +31,7 @@ from wmtp_ds.tracking_state import METRICS_FILE
 TITLE = "Rho-1 against baseline on a corrupted corpus"
 SHARES = (0.0, 0.1, 0.3)
 K_PERCENT = 0.6  # the production config's
-SWEEP = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+SWEEP = (0.3, 0.45, 0.6, 0.8, 1.0)
 SWEPT = 0.3  # the share of corrupted tokens at which k is swept
 _LOSS = "val/loss_head_1"
 

@@ -18,7 +18,7 @@ from intervals import over_seeds
 from matplotlib.axes import Axes
 from runs import Run, do
 from sizes import Size
-from solving import solve
+from solving import solve_all
 
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import get_template
@@ -72,7 +72,13 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
                 f"heads-{heads}-{seed}",
                 size,
                 "baseline",
-                {"training.max_steps": steps, "runtime.seed": seed, "models.policy.path": model} | files.settings(),
+                {
+                    "training.max_steps": steps,
+                    "training.eval_interval": steps,
+                    "runtime.seed": seed,
+                    "models.policy.path": model,
+                }
+                | files.settings(),
             )
             for seed, model in zip(seeds, models, strict=True)
         ]
@@ -89,7 +95,7 @@ def _figures(runs: Sequence[Run], heads: int, problems: Path, size: Size) -> dic
         "steps": summaries[0]["steps"],
         "seconds": [summary["seconds"] for summary in summaries],
         "loss, head 1": [summary["val/loss_head_1"] for summary in summaries],
-        "pass@1": [solve(run.model, problems, corpora.TEMPLATE)["pass@1"] for run in runs],
+        "pass@1": [one["pass@1"] for one in solve_all([run.model for run in runs], problems, corpora.TEMPLATE)],
     }
     if heads > 1:
         timed = [_timed(run.model, problems, size) for run in runs]

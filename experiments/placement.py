@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from preference import preference
 from runs import Run, do
 from sizes import Size
-from solving import solve
+from solving import solve_all
 
 from wmtp_ds.plots import read_series
 from wmtp_ds.tracking_state import METRICS_FILE
@@ -83,8 +83,10 @@ def arm_run(arm: str, base: Run, critic: Run, files: corpora.Files, seed: int) -
     """What goes on from the base model, with the other half."""
     stage, ratio, own, share = ARMS[arm]
     _, second = corpora.halves(files)
+    steps = round(share * base.size.steps)
     settings = {
-        "training.max_steps": round(share * base.size.steps),
+        "training.max_steps": steps,
+        "training.eval_interval": steps,
         "runtime.seed": seed,
         "models.policy.path": base.model,
         "data_sampling.correct_ratio": ratio,
@@ -122,7 +124,7 @@ def _figures(runs: Sequence[Run], files: corpora.Files, problems: Path | None) -
         "loss, head 1": [run.summary()["val/loss_head_1"] for run in runs],
     }
     if problems is not None:
-        solved = [solve(run.model, problems, corpora.TEMPLATE) for run in runs]
+        solved = solve_all([run.model for run in runs], problems, corpora.TEMPLATE)
         figures["pass@1"] = [found["pass@1"] for found in solved]
         figures["problems"] = solved[0]["problems"]
         figures["cut off"] = [found["cut_off"] for found in solved]

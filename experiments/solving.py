@@ -1,8 +1,11 @@
 """pass@1 of a trained model, by ``wmtp-ds evaluate``."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,15 @@ def solve(model: Path, problems: Path, template: str, *options: str) -> dict[str
     output = model.parent / f"solved-{problems.stem}{''.join(options)}"
     command = [str(Path(sys.executable).with_name("wmtp-ds")), "evaluate", str(model), "--problems", str(problems)]
     command += ["--prompt", template, "--output", str(output), *_OPTIONS, *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Several run at a time.
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     figures: dict[str, Any] = json.loads(done.stdout)["figures"]
     return figures
+
+
+def solve_all(models: Sequence[Path], problems: Path, template: str) -> list[dict[str, Any]]:
+    """The same of several models, as many at a time as there are cores."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda model: solve(model, problems, template), models))
