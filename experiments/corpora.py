@@ -112,20 +112,19 @@ def corrupted(files: Files, tokenizer: PreTrainedTokenizerBase, share: float) ->
 
 
 def marks(files: Files, tokenizer: PreTrainedTokenizerBase) -> list[list[bool]]:
-    """Of each token of each training row's solution, whether it holds anything of what was put in."""
+    """Of each token of each training row's solution, the end token last: whether it holds any of what was put in."""
     encoder = TextEncoder(tokenizer)
     found = []
     for row in read_rows(files.train):
         spoilt = row.get("metadata", {}).get("spoilt", [])
-        found.append(
-            [any(begin < last and first < end for first, last in spoilt) for begin, end in encoder.spans(row["output"])]
-        )
+        spans = encoder.spans(row["output"])
+        found.append([any(begin < last and first < end for first, last in spoilt) for begin, end in spans] + [False])
     return found
 
 
 def intact(files: Files, tokenizer: PreTrainedTokenizerBase) -> float:
     """The share of a training set's solution tokens that hold nothing of what was put in."""
-    found = [spoilt for own in marks(files, tokenizer) for spoilt in own]
+    found = [spoilt for own in marks(files, tokenizer) for spoilt in own[:-1]]
     return 1 - sum(found) / len(found)
 
 

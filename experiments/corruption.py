@@ -13,7 +13,6 @@ The contrast to judge by, named before anything was run: `rho1` with k = 0.6 min
 corrupted.
 """
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import corpora
 from intervals import difference, over_seeds
 from matplotlib.axes import Axes
 from runs import Run, do
-from selections import score, with_other_scores
+from selections import by_lot, score
 from sizes import Size
 
 from wmtp_ds.plots import read_series
@@ -66,11 +65,14 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
         }
         references[seed] = Run(f"reference-{seed}", size, "baseline", settings | clean.settings())
     do(list(references.values()), workers)
-    scored = {seed: score(references[seed], corpus[SWEPT]) for seed in seeds}
-    marks = corpora.marks(corpus[SWEPT], tokenizer)
+    first = references[seeds[0]]
+    scored, spoilt = score(first, corpus[SWEPT]), corpora.marks(corpus[SWEPT], tokenizer)
+    marks = {"intact": spoilt, "random": [[False] * len(row) for row in spoilt]}
     for arm in ARMS:
         arms[_name(*arm)] = [
-            _run(arm, models[seed], corpus[arm[0]], seed, references[seed], _lots(arm[1], scored[seed], marks, seed))
+            _run(arm, models[seed], corpus[arm[0]], seed, first, by_lot(scored, arm[1], marks[arm[1]], seed))
+            if arm[1] in marks
+            else _run(arm, models[seed], corpus[arm[0]], seed, references[seed], {})
             for seed in seeds
         ]
     do([run for runs in arms.values() for run in runs], workers)
@@ -84,18 +86,7 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     }
 
 
-def _lots(method: str, scored: Path, marks: Sequence[Sequence[bool]], seed: int) -> Path | None:
-    """Scores that let `rho1` select by lot, or by lot among tokens that are intact."""
-    if method not in ("random", "intact"):
-        return None
-    rng = random.Random(seed)
-    known = float(method == "intact")
-    # The end token, which no row's text has, is always intact.
-    values = [[rng.random() + known * (not spoilt) for spoilt in (*own, False)] for own in marks]
-    return with_other_scores(scored, scored.with_name(f"{scored.name}-{method}"), values)
-
-
-def _run(arm: Arm, model: Path, files: corpora.Files, seed: int, reference: Run, lots: Path | None) -> Run:
+def _run(arm: Arm, model: Path, files: corpora.Files, seed: int, reference: Run, lots: dict[str, object]) -> Run:
     share, method, k = arm
     size = reference.size
     settings: dict[str, object] = {
@@ -109,9 +100,7 @@ def _run(arm: Arm, model: Path, files: corpora.Files, seed: int, reference: Run,
     if method == "baseline":
         return Run(name, size, "baseline", settings | files.settings())
     settings |= {"training.k_percent": k, "models.reference.path": reference.model}
-    if lots is not None:
-        settings |= {"training.excess": "reference", "models.reference.scores": lots}
-    return Run(name, size, "rho1", settings | files.settings(), (reference,))
+    return Run(name, size, "rho1", settings | lots | files.settings(), (reference,))
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, Any]:

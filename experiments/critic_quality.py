@@ -1,9 +1,10 @@
 """What does the critic know, and when?
 
-A value head is trained on the frozen trunk of the base model, with the reward itself as its target (`return`), or
-with value plus advantage (`gae`, λ = 0.95), over the same rows for as many steps. Its values on held-out solutions,
-right and wrong, are read at ten places of each solution. The AUC is the chance that a right solution has a higher
-value there than a wrong one; at 0 % it is the value before the first token, which can know the problem alone.
+A value head is trained on the frozen trunk of the base model, with the discounted reward as its target (`return`,
+γ = 0.95), the reward itself (γ = 1), or value plus advantage (`gae`, λ = 0.95, γ = 0.95), over the same rows for as
+many steps. Its values on held-out solutions, right and wrong, are read at eleven places of each solution. The AUC is
+the chance that a right solution has a higher value there than a wrong one; at 0 % it is the value before the first
+token, which can know the problem alone.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from intervals import difference, over_seeds
 from matplotlib.axes import Axes
-from placement import base_run, critic_run
+from placement import GAMMA, base_run, critic_run
 from preference import first_difference
 from runs import Run, do
 from sizes import Size
@@ -25,7 +26,8 @@ from wmtp_ds.launch import resolve_device
 from wmtp_ds.look.columns import Looker, Solution
 
 TITLE = "The critic: where it knows, and how well it is calibrated"
-TARGETS = ("return", "gae")
+# Name -> value_target and γ.
+TARGETS = {"return, γ 1": ("return", 1.0), "return": ("return", GAMMA), "gae": ("gae", GAMMA)}
 _PLACES = tuple(place / 10 for place in range(11))  # share of the solution's tokens that are read
 _BINS = 10
 
@@ -34,7 +36,7 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     """Train critics with both targets; their AUC and calibration, one a seed."""
     files = corpora.problems(size)
     bases = {seed: base_run(size, files, seed) for seed in seeds}
-    critics = {target: [critic_run(bases[seed], files, seed, target) for seed in seeds] for target in TARGETS}
+    critics = {name: [critic_run(bases[seed], files, seed, *own) for seed in seeds] for name, own in TARGETS.items()}
     do([run for runs in critics.values() for run in runs], workers)
     figures = {}
     for target, runs in critics.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import corpora
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import get_template
@@ -33,7 +34,7 @@ def preference(model: Path, file: Path, device: str) -> dict[str, float]:
     assert isinstance(policy, MTPLlamaForCausalLM)
     encoder = TextEncoder(tokenizer)
     rows = corpora.read_rows(file)
-    sequences = [_sequence(row, encoder) for row in rows]
+    sequences = [sequence(row, encoder) for row in rows]
     losses = _log_probabilities(policy, sequences)
     wins, odds = [], []
     for right, wrong in pairs(rows, [solution for _, solution in sequences]):
@@ -46,21 +47,37 @@ def preference(model: Path, file: Path, device: str) -> dict[str, float]:
 
 def pairs(rows: Sequence[dict[str, Any]], solutions: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Places of the nearest right solution and of a wrong one of the same problem, for each wrong one that has any."""
+    right: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if row["is_correct"]:
+            right.setdefault(row["problem_id"], []).append(place)
     found = []
     for wrong, row in enumerate(rows):
-        if row["is_correct"]:
-            continue
-        right = [
-            place
-            for place, other in enumerate(rows)
-            if other["problem_id"] == row["problem_id"] and other["is_correct"]
-        ]
-        if right:
-            near = [
-                SequenceMatcher(None, solutions[wrong], solutions[place], autojunk=False).ratio() for place in right
-            ]
-            found.append((right[near.index(max(near))], wrong))
+        if not row["is_correct"] and (others := right.get(row["problem_id"])):
+            near = [_matcher(solutions[place], solutions[wrong]).ratio() for place in others]
+            found.append((others[near.index(max(near))], wrong))
     return found
+
+
+def edits(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[list[bool]]:
+    """Of each token of each row's solution, its end token too: whether a wrong solution has it otherwise.
+
+    That is: otherwise than the nearest right one of the same problem. Where only something is missing, it is the token
+    after that.
+    """
+    encoder = TextEncoder(tokenizer)
+    solutions = [sequence(row, encoder)[1] for row in rows]
+    found = [[False] * len(solution) for solution in solutions]
+    for right, wrong in pairs(rows, solutions):
+        for kind, _, _, begin, end in _matcher(solutions[right], solutions[wrong]).get_opcodes():
+            if kind != "equal":
+                for place in range(begin, max(end, begin + 1)):
+                    found[wrong][place] = True
+    return found
+
+
+def _matcher(a: Sequence[int], b: Sequence[int]) -> SequenceMatcher[int]:
+    return SequenceMatcher(None, a, b, autojunk=False)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
@@ -68,7 +85,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _sequence(row: dict[str, Any], encoder: TextEncoder) -> tuple[list[int], list[int]]:
+def sequence(row: dict[str, Any], encoder: TextEncoder) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, BOS first, and of the solution, EOS last."""
     asked = Row(
         problem_id=row["problem_id"], instruction=row["instruction"], input=row["input"], output=row["output"],

@@ -23,7 +23,7 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
     files = corpora.problems(size)
     bases = [base_run(size, files, seed) for seed in seeds]
     critics = [critic_run(base, files, seed) for base, seed in zip(bases, seeds, strict=True)]
-    runs = [arm_run("TD, β 0.9", *pair, files, seed) for *pair, seed in zip(bases, critics, seeds, strict=True)]
+    runs = [arm_run("TD, β 0.9", critic, files, seed, {}) for critic, seed in zip(critics, seeds, strict=True)]
     do(runs, workers)
     return {
         "figures": {"critic": _seconds(critics), "verifiable": _seconds(runs)},

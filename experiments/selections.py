@@ -1,6 +1,7 @@
 """Selections that no model makes: reference scores of `wmtp-ds data score` with other numbers in them."""
 
 import hashlib
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,21 @@ def score(reference: Run, files: corpora.Files) -> Path:
         f"--compute-dtype {config.reference_dtype} --device {size.device}"
     )
     return folder
+
+
+def by_lot(scored: Path, name: str, marked: Sequence[Sequence[bool]], seed: int) -> dict[str, object]:
+    """Settings that let `rho1` select by lot, but what is marked only when there is nothing else.
+
+    Args:
+        scored: scores of the training set, that only lend their form.
+        name: of the new ones.
+        marked: of each supervised token of each row.
+        seed: of the lot.
+    """
+    rng = random.Random(seed)
+    values = [[rng.random() + (not one) for one in row] for row in marked]
+    folder = with_other_scores(scored, scored.with_name(f"{scored.name}-{name}-{seed}"), values)
+    return {"training.excess": "reference", "models.reference.scores": folder}
 
 
 def with_other_scores(scored: Path, folder: Path, values: Sequence[Sequence[float]]) -> Path:

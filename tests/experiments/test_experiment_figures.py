@@ -190,6 +190,28 @@ def test_pairs_are_of_one_problem_and_nearest() -> None:
     assert preference.first_difference([1, 2], [1, 2, 3]) == 2
 
 
+def test_edits_are_what_a_wrong_solution_has_otherwise(models: dict[int, Path]) -> None:
+    tokenizer = corpora.tokenizer_of(models[4])
+    texts = ["return a + b - c\n", "return a + b + c\n", "return a + b\n", "while c < d:\n"]
+    rows = [
+        {"problem_id": problem, "instruction": "i", "input": "", "output": text, "is_correct": right}
+        for problem, text, right in (
+            ("p", texts[3], True), ("p", texts[0], True), ("p", texts[1], False), ("p", texts[2], False),
+            ("q", texts[1], False),
+        )
+    ]  # fmt: skip
+    found = preference.edits(rows, tokenizer)
+    tokens = [[*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id] for row in rows]
+    assert [len(own) for own in found] == [len(own) for own in tokens]
+    assert not any(found[0] + found[1] + found[4]), "right ones, and one whose problem has no right one"
+    kept = [token for token, edited in zip(tokens[2], found[2], strict=True) if not edited]
+    assert tokenizer.decode([token for token, edited in zip(tokens[2], found[2], strict=True) if edited]).strip() == "+"
+    assert len(kept) == len(tokens[2]) - sum(found[2])
+    # Something is missing: the token after that is marked.
+    assert 1 <= sum(found[3]) <= 2
+    assert found[3].index(True) >= len(tokens[3]) - 3
+
+
 def test_preference_is_the_models_own(rows: corpora.Files, models: dict[int, Path]) -> None:
     """By transformers' cross-entropy of each sequence alone, from the first token on that is another one."""
     found = preference.preference(models[4], rows.validation, "cpu")

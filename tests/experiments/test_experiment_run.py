@@ -44,7 +44,7 @@ def test_a_study_is_done_once_and_goes_on(here: Path, capfd: pytest.CaptureFixtu
     assert results["seeds"] == [0]
     assert {len(values) for values in figures.values()} == {1}
     runs = here / TINY.folder / "runs"
-    for name, stage in (("base-0", "baseline"), ("critic-return-0", "critic"), ("TD-0.9-0", "verifiable")):
+    for name, stage in (("base-0", "baseline"), ("critic-return-0.95-0", "critic"), ("TD-0.9-0", "verifiable")):
         summary = json.loads((runs / name / "run.json").read_text())
         assert (summary["stage"], summary["steps"], summary["world_size"]) == (stage, 2, 1)
     share = figures["verifiable"][0] / (figures["verifiable"][0] + figures["critic"][0])
