@@ -188,10 +188,10 @@ def table(results: dict[str, Any]) -> str:
     contrast = {name: difference(placed[name], dealt[name]).text(4) for name in ("preference", "loss, head 1")}
     own = figures[CONTROL]
     counted = f"{own['pairs']:.0f} pairs" + (f", {own['problems']} problems" if "problems" in own else "")
+    omitted = f"{100 * results['left out']:.1f} %"
     lines.append(
         f"\nPlacement alone (`{PRIMARY[0]}` minus its shuffled twin): {contrast['preference']} in the share of pairs, "
-        f"{contrast['loss, head 1']} in the loss. Arms that leave tokens out leave out {100 * results['left out']:.1f} %. "
-        f"{counted}."
+        f"{contrast['loss, head 1']} in the loss. Where tokens are left out, they are {omitted} of all. {counted}."
     )
     return "\n".join(lines)
 
