@@ -16,7 +16,7 @@ problems; each arm goes on from the base model with those of the other half, ove
 
 The contrast to judge by, named before any arm was run: `GAE, β 0.3` minus its shuffled twin, in the share of held-out
 pairs whose right solution is likelier than its nearest wrong one. γ is 0.95, where the configs have 1: with 1 the
-critic's AUC on its validation data was that of a coin (`critic_quality` shows both), and there was nothing to place.
+critic learned less in its first trials, in which no arm was trained (`critic_quality` shows both).
 """
 
 import re
