@@ -124,9 +124,9 @@ def do(runs: Sequence[Run], workers: int, tell: Callable[[str], None] = print) -
             del running[name]
             if one.process.exitcode:
                 _fail(one.run, one.process.exitcode, [other.process for other in running.values()])
-            (one.run.folder / _KEY).write_text(one.run.key())
             steps, wanted = one.run.summary()["steps"], one.run.settings["training.max_steps"]
             assert steps == wanted, f"{name} took {steps} steps, not {wanted}: too few rows, or n_epochs"
+            (one.run.folder / _KEY).write_text(one.run.key())
             done.add(name)
             tell(f"{len(done)} of {total}: {name}, {time.monotonic() - one.began:.0f} s")
         ready = [run for run in waiting.values() if all(needed.name in done for needed in run.needs)]

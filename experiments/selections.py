@@ -1,6 +1,5 @@
 """Selections that no model makes: reference scores of `wmtp-ds data score` with other numbers in them."""
 
-import hashlib
 import random
 import shutil
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from commands import run
 from runs import Run
 
 from wmtp_ds.config import load_config
+from wmtp_ds.files import sha256_of
 from wmtp_ds.scores.manifest import read_manifest
 
 
@@ -65,7 +65,7 @@ def with_other_scores(scored: Path, folder: Path, values: Sequence[Sequence[floa
         part = numbers[begin : begin + shard.tokens]
         begin += shard.tokens
         np.save(folder / shard.name, part)
-        digest = hashlib.sha256((folder / shard.name).read_bytes()).hexdigest()
+        digest = sha256_of(folder / shard.name)
         shards.append(shard.model_copy(update={"sha256": digest, "loss": float(part.sum(dtype=np.float64))}))
     changed = own.model_copy(update={"shards": tuple(shards)})
     manifest.model_copy(update={"inputs": (changed,)}).write(folder)

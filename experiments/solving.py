@@ -12,11 +12,11 @@ from typing import Any
 _OPTIONS = ("--max-new-tokens", "192", "--batch-size", "64", "--force", "--json")
 
 
-def solve(model: Path, problems: Path, template: str, *options: str) -> dict[str, Any]:
+def solve(model: Path, problems: Path, template: str) -> dict[str, Any]:
     """Greedy solutions of problems, run against their tests; the figures of the summary. Done once."""
-    output = model.parent / f"solved-{problems.stem}{''.join(options)}"
+    output = model.parent / f"solved-{problems.stem}"
     command = [str(Path(sys.executable).with_name("wmtp-ds")), "evaluate", str(model), "--problems", str(problems)]
-    command += ["--prompt", template, "--output", str(output), *_OPTIONS, *options]
+    command += ["--prompt", template, "--output", str(output), *_OPTIONS]
     # Several run at a time.
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -58,13 +58,14 @@ class Nodes:
     def wait(self, node: int, seconds: float = 120) -> list[int | None]:
         """The exit codes of a machine's ranks; the first of them to fail ends the others, as under a launcher."""
         ranks, deadline = self.ranks[node], time.monotonic() + seconds
-        asked = False
         while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-            if not asked and any(process.exitcode for process in ranks):
-                asked = True
+            if any(process.exitcode for process in ranks):
                 for process in ranks:
                     process.terminate()
+                break
             time.sleep(0.05)
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in ranks]
 
     def __enter__(self) -> Self:
