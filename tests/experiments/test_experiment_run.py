@@ -97,7 +97,7 @@ def test_tokens_are_selected_by_lot(here: Path, monkeypatch: pytest.MonkeyPatch)
 
     size = here / TINY.folder
     [made] = (size / "data/problems").glob("half-1-right-corrupted-30.jsonl")
-    scores = size / "scores" / f"{made.stem}-reference-3-intact"
+    scores = size / "scores" / f"{made.stem}-reference-3-intact-3"
     manifest = read_manifest(scores)
     numbers = ReferenceScores(scores, manifest, manifest.inputs[0])
     tokenizer = load_tokenizer(size / "runs/reference-3/checkpoint_final")
