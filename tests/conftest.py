@@ -36,14 +36,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins early, so that no worker is left with it at the end.
-
-    Before that comes what measures the memory of its own process: where much was done, much is freed meanwhile.
-    """
+    """What takes longest begins early, so that no worker is left with it at the end."""
 
     def place(item: pytest.Item) -> int:
-        if "benchmarks" in item.path.parts:
-            return -1
         if item.path.name in LONGEST:
             return LONGEST.index(item.path.name)
         return len(LONGEST) + (item.get_closest_marker("launch") is None)
