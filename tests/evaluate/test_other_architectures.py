@@ -158,6 +158,34 @@ def test_evaluate_from_a_folder(qwen: Path, problems_file: Path, tmp_path: Path)
     assert "has none" in refused.err
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"suppress_tokens": list(range(1, 200))},
+        {"forced_eos_token_id": 0, "min_new_tokens": 9},
+        {"renormalize_logits": True, "bad_words_ids": [[n] for n in range(1, 200)]},
+    ],
+)
+def test_what_a_folder_says_of_generation_changes_nothing(qwen: Path, asked: dict[str, Any]) -> None:
+    """Their own choices would be measured instead of the model."""
+    limits, prompts = Limits(10, frozenset([0])), [[5, 6, 7], [8]]
+    with torch.no_grad():
+        plain = load_causal(qwen, dtype=torch.float32).eval()
+        expected = []
+        for prompt in prompts:
+            tokens: list[int] = []
+            while len(tokens) < 10 and (not tokens or tokens[-1] != 0):
+                tokens.append(int(plain(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].argmax()))
+            expected.append([token for token in tokens if token != 0])
+    file = qwen / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+    model = load_causal(qwen, dtype=torch.float32).eval()
+    assert [one.tokens for one in generate_by_transformers(model, prompts, limits)] == expected
+
+
 def _without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 

@@ -77,7 +77,6 @@ def _batch(
     # On the left, so that all rows go on at the same place.
     ids_BS = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask_BS = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Nothing of the folder's generation_config.json: penalties and temperatures there would change what is measured.
     config = GenerationConfig(
         max_new_tokens=limits.max_new_tokens,
         do_sample=False,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -46,4 +46,7 @@ def load_causal(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(
             f"{folder}: its weights lack {lacking[0]}" + f" and {len(lacking) - 1} more" * (len(lacking) > 1)
         )
+    # Nothing of the folder's generation_config.json: `generate` fills what it is not told with it, and penalties, beams
+    # and forbidden tokens there would change what is measured.
+    model.generation_config = GenerationConfig()
     return model
