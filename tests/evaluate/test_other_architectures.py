@@ -77,11 +77,12 @@ def test_greedy_completions_are_the_models_own_whatever_the_batch(kind: str) -> 
     assert [one.tokens for one in enough] == [tokens[:3] for tokens, _ in expected]
 
 
-def test_a_model_without_attention() -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_model_without_attention(batch_size: int) -> None:
     model = model_of("mamba")
     with torch.no_grad():
         expected = [greedy(model, prompt, 8) for prompt in PROMPTS]
-    found = generate_by_transformers(model, PROMPTS, Limits(8, frozenset([END])), batch_size=1)
+    found = generate_by_transformers(model, PROMPTS, Limits(8, frozenset([END])), batch_size=batch_size)
     assert [(one.tokens, one.ended) for one in found] == expected
 
 
