@@ -2,8 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from wmtp_ds.cli.main import main
 from wmtp_ds.data.rows import Row
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.data.text_encoder import TextEncoder
+from wmtp_ds.errors import UserError
+from wmtp_ds.evaluate import evaluation as evaluation_module
 from wmtp_ds.evaluate import samples as samples_module
 from wmtp_ds.models.loading import load_policy, load_tokenizer, save_weights
 
@@ -144,6 +148,124 @@ def test_another_evaluation_in_the_folder(
     assert told["figures"]["cut_off"] == 1.0
 
 
+def test_what_was_cut_short_is_not_dropped_for_another_evaluation(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ("--problems", problems_file, "--output", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_module, "judge", stop)
+        assert call(capsys, solver, *options, *SHORT)[0] == 130
+    journal = Path("out/.partial-samples-0.journal")
+    drawn = journal.read_bytes()
+    assert drawn.count(b"\n") == 1 + 3
+    code, _, err = call(capsys, solver, *options, "--max-new-tokens", 7)
+    assert code == 2
+    assert "out: holds another evaluation that was cut short" in err
+    assert journal.read_bytes() == drawn
+    told = figures(capsys, solver, *options, "--max-new-tokens", 7, "--force")
+    assert told["figures"]["cut_off"] == 1.0
+
+
+def test_other_references_are_another_evaluation(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They decide exact match and predictions."""
+    rows = problems_file.read_text()
+    Path("rows.jsonl").write_text(rows)
+    figures(capsys, solver, "--problems", "rows.jsonl", *SHORT, "--output", "out")
+    Path("rows.jsonl").write_text(rows.replace("return -x", "return 0 - x"))
+    code, _, err = call(capsys, solver, "--problems", "rows.jsonl", *SHORT, "--output", "out")
+    assert code == 2
+    assert "out: holds another evaluation" in err
+
+
+def test_a_model_that_is_replaced_meanwhile(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that still trains replaces its best export."""
+    shutil.copytree(solver, "model")
+
+    def replace(*_: object, **__: object) -> dict[str, float]:
+        save_weights(load_policy(Path("model")), Path("model"))
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_module, "predict", replace)
+        code, _, err = call(capsys, "model", "--problems", problems_file, *SHORT, "--output", "out")
+    assert code == 1
+    assert "model was replaced while it was evaluated" in err
+    assert not Path("out/summary.json").exists()
+    assert not list(Path("out").glob(".partial*"))
+    assert figures(capsys, "model", "--problems", problems_file, *SHORT, "--output", "out")["figures"]["samples"] == 3
+
+
+def test_one_command_at_a_time_in_a_folder(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes while the first runs programs, and has drawn all samples."""
+    said = []
+    judge = evaluation_module.judge
+
+    def meanwhile(*arguments: Any, **keywords: Any) -> Any:
+        monkeypatch.setattr(evaluation_module, "judge", judge)
+        said.append(call(capsys, solver, "--problems", problems_file, *SHORT, "--output", "out"))
+        return judge(*arguments, **keywords)
+
+    monkeypatch.setattr(evaluation_module, "judge", meanwhile)
+    told = figures(capsys, solver, "--problems", problems_file, *SHORT, "--output", "out")
+    assert told["figures"]["samples"] == 3
+    [(code, _, err)] = said
+    assert code == 2
+    assert "out: another process evaluates into it" in err
+
+
+def test_folders_of_others(solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tracking would move a run's metrics.jsonl away."""
+    Path("run").mkdir()
+    for name in ("config.toml", "metrics.jsonl", "tracking.json"):
+        Path("run", name).write_text("{}")
+    code, _, err = call(capsys, solver, "--problems", problems_file, *SHORT, "--output", "run")
+    assert code == 2
+    assert "run: holds other files (config.toml)" in err
+    assert len(list(Path("run").iterdir())) == 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("these weights are damaged"), 2, "these weights are damaged"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --batch-size or --processes"),
+    ],
+)
+def test_errors_while_samples_are_drawn(
+    processes: int, error: Exception, code: int, said: str, solver: Path, problems_file: Path, here: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    context = multiprocessing.get_context("fork")  # its processes know what is patched here
+    monkeypatch.setattr(evaluation_module, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
+    monkeypatch.setattr(evaluation_module, "load_model", fail)
+    found, _, err = call(capsys, solver, "--problems", problems_file, *SHORT, "--processes", processes)
+    assert found == code
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_process_whose_parent_died_meanwhile_leaves() -> None:
+    """Else it would go on drawing, and hold its journal."""
+    arguments = (None, None, [], 0, None, 1)
+    process = multiprocessing.get_context("fork").Process(target=evaluation_module._draw_part, args=arguments)
+    process.start()  # whose parent is this process, and not number 1
+    process.join(30)
+    assert process.exitcode == 1
+
+
 def test_two_runs_are_compared_on_the_problems_that_both_were_asked(
     solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +310,7 @@ def test_what_people_see(solver: Path, problems_file: Path, here: Path, capsys: 
         (("--n-samples", "3", "--temperature", "0"), "3 times the same sample"),
         (("--temperature", "nan"), "nan"),
         (("--top-p", "0"), "0"),
+        (("--prompt", "completion"), "3 of 3 problems have none (double): take --prompt alpaca"),
     ],
 )
 def test_options_that_make_no_sense(

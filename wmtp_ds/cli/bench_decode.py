@@ -63,13 +63,14 @@ def decode(
     from wmtp_ds.decoding import Limits
     from wmtp_ds.evaluate.model import check_heads, find_model, load_model
     from wmtp_ds.evaluate.problems import read_problems
-    from wmtp_ds.evaluate.samples import COMPLETION, Prompter
+    from wmtp_ds.evaluate.samples import COMPLETION, Prompter, check_beginnings
     from wmtp_ds.launch import resolve_device
     from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
     place = find_model(model)
     check_heads(place)
     problem_set = read_problems(problems).first(limit)
+    check_beginnings(problem_set.problems, prompt)
     policy, tokenizer = load_model(place, device=torch.device(resolve_device(device)), dtype=dtype)
     assert isinstance(policy, MTPLlamaForCausalLM), "it has extra heads"
     prompter = Prompter(tokenizer, prompt)

@@ -9,6 +9,19 @@ from types import TracebackType
 from typing import Any
 
 from wmtp_ds.errors import RunError, UserError
+from wmtp_ds.files import open_file
+
+
+def begun_from(journal: Path) -> dict[str, Any] | None:
+    """What the work in a journal was made from; None where it did not come to say that.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with contextlib.suppress(ValueError, RecursionError), open_file(journal) as file:
+        first = json.loads(file.readline())
+        return first if isinstance(first, dict) else None
+    return None
 
 
 class Journal:

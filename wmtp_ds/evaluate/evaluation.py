@@ -1,12 +1,13 @@
 """An evaluation from beginning to end: samples, verdicts, predictions, figures; each goes on where it was cut short."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,27 @@ import torch
 
 from wmtp_ds import __version__
 from wmtp_ds.data.dataset_files import code_version, fingerprint_of
+from wmtp_ds.data.label_file_journal import begun_from
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.evaluate.files import SUMMARY
+from wmtp_ds.evaluate.files import RESULTS, SUMMARY
 from wmtp_ds.evaluate.model import Place, load_model
 from wmtp_ds.evaluate.problems import Problem, ProblemSet
 from wmtp_ds.evaluate.results import VERDICTS, judge, summarise, write_results
-from wmtp_ds.evaluate.samples import Prompter, SampleFiles, SampleOptions, draw_samples
+from wmtp_ds.evaluate.samples import Prompter, SampleFiles, SampleOptions, check_beginnings, draw_samples
 from wmtp_ds.evaluate.teacher import predict
 from wmtp_ds.files import read_json
 from wmtp_ds.models.config_file import model_key
+from wmtp_ds.out_of_memory import is_out_of_memory
+from wmtp_ds.signals import die_with_parent
+from wmtp_ds.tracking_state import METRICS_FILE, STATE_FILE
 
 # (what is being done, what is counted) -> a context that gives start(total) and advance(count).
 Progress = Callable[[str, str], AbstractContextManager[tuple[Callable[[int], None], Callable[[int], None]]]]
-_FORMAT = 1  # raise it when the same model, problems and options give other files
+_FORMAT = 2  # raise it when the same model, problems and options give other files
+# What an evaluation's folder holds, besides names that begin with a dot; `previous` is of `start_tracking`.
+_OURS = frozenset((RESULTS, SUMMARY, METRICS_FILE, STATE_FILE, "previous"))
+_LOCK = ".evaluate.lock"
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Evaluation:
     workers: int | None = None
 
     def made_from(self) -> dict[str, Any]:
-        """All that decides the samples."""
+        """All that decides the samples and the figures."""
         problems = [
             [problem.problem_id, asdict(problem.row), problem.beginning, repr(problem.tests), repr(problem.limits)]
             for problem in self.problem_set.problems
@@ -69,6 +77,7 @@ class Evaluation:
             "version": __version__,
             "model": model_key(self.place.folder),
             "problems": fingerprint_of(problems),
+            "references": fingerprint_of([problem.reference for problem in self.problem_set.problems]),
             "options": self.options.deciding(),
             "dtype": self.dtype,
             "device": self.device,
@@ -82,21 +91,58 @@ class Evaluation:
             force: replace an evaluation of something else.
 
         Raises:
-            UserError: the model cannot be loaded, or the folder holds another evaluation.
-            RunError: no sandbox works here, or a process that draws samples has failed.
+            UserError: the model cannot be loaded or the problems not be asked in this way, or the folder holds
+                something else or is another command's just now.
+            RunError: no sandbox works here, a process that draws samples has failed, the memory is too small, or the
+                model was replaced meanwhile.
         """
-        made_from = self.made_from()
-        finished = self._finished(made_from, force)
-        if finished is not None:
-            return finished | {"reused": True}
+        check_beginnings(self.problem_set.problems, self.options.prompt)
+        self._check_output()
+        with self._alone():
+            made_from = self.made_from()
+            finished = self._finished(made_from, force)
+            if finished is not None:
+                return finished | {"reused": True}
+            return self._evaluate(made_from, progress) | {"reused": False}
+
+    def _check_output(self) -> None:
+        """The folder is there, and an evaluation's own."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            names = sorted(path.name for path in self.output.iterdir())
         except OSError as error:
             raise UserError(f"--output {self.output}: cannot be made: {error.strerror}") from None
+        foreign = [name for name in names if name not in _OURS and not name.startswith(".")]
+        if foreign:
+            raise UserError(
+                f"--output {self.output}: holds other files ({foreign[0]}): name a folder for the evaluation alone"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else evaluates into the folder; the lock ends with the process, however it ends."""
+        try:
+            lock = (self.output / _LOCK).open("ab")
+        except OSError:  # a folder that may only be read: nobody writes to it
+            yield
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--output {self.output}: another process evaluates into it: wait for it, or give another --output"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def _evaluate(self, made_from: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         files = SampleFiles(self.output, made_from)
         began = time.monotonic()
         drawn = self._draw(files, progress)
         seconds = time.monotonic() - began
+        self._check_model(files, made_from)
         known = files.known()
         numbers = range(self.options.n_samples)
         samples = [known[problem.problem_id, number] for problem in self.problem_set.problems for number in numbers]
@@ -106,7 +152,7 @@ class Evaluation:
                 self.problem_set.problems,
                 samples,
                 self.output,
-                made_from | {"code": code_version()},
+                {**made_from, "code": code_version()},
                 workers=self.workers,
                 on_done=advance,
             )
@@ -114,6 +160,7 @@ class Evaluation:
         if drawn:
             figures["seconds_per_sample"] = seconds / drawn
         figures["prediction"] = self._predict(progress)
+        self._check_model(files, made_from)
         summary = {
             "model": str(self.place.folder),
             "problems": self.problem_set.name,
@@ -122,13 +169,35 @@ class Evaluation:
             "made_from": made_from,
         }
         write_results(self.output, results, self.ks, summary)
+        self._remove_partial(files)
+        return summary
+
+    def _remove_partial(self, files: SampleFiles) -> None:
         files.remove()
         (self.output / f".partial-{VERDICTS}.journal").unlink(missing_ok=True)
-        return summary | {"reused": False}
+
+    def _check_model(self, files: SampleFiles, made_from: Mapping[str, Any]) -> None:
+        """The model is still the one that it was.
+
+        Raises:
+            RunError: it is not; what was drawn is of both, and removed.
+        """
+        try:
+            same = model_key(self.place.folder) == made_from["model"]
+        except OSError:  # it is being replaced just now
+            same = False
+        if not same:
+            self._remove_partial(files)
+            raise RunError(
+                f"{self.place.folder} was replaced while it was evaluated, so samples of two models are mixed, and "
+                "dropped. A run that still trains replaces its best export: evaluate one of its checkpoints (step_…), "
+                "or wait until it has ended; then give the same command again"
+            )
 
     def _finished(self, made_from: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
         file = self.output / SUMMARY
         if not file.exists():
+            self._check_partial(made_from, force)
             return None
         try:
             summary = read_json(file)
@@ -145,6 +214,20 @@ class Evaluation:
             "another --output, or --force to replace it"
         )
 
+    def _check_partial(self, made_from: Mapping[str, Any], force: bool) -> None:
+        """What was cut short here is this evaluation, or nothing: what is of another would be thrown away."""
+        for journal in sorted(self.output.glob(".partial-*.journal")):
+            begun = begun_from(journal)
+            # Which code runs the programs decides verdicts alone, and these are soon made again.
+            if begun is not None and {key: value for key, value in begun.items() if key != "code"} != made_from:
+                if force:
+                    journal.unlink(missing_ok=True)
+                    continue
+                raise UserError(
+                    f"--output {self.output}: holds another evaluation that was cut short (of another model, other "
+                    "problems or options): give another --output, or --force to drop it"
+                )
+
     def _draw(self, files: SampleFiles, progress: Progress) -> int:
         """Draw what is missing; returns how many that was."""
         known = files.known()
@@ -155,33 +238,50 @@ class Evaluation:
             start(len(wanted))
             advance(len(wanted) - len(missing))
             if missing and self.processes == 1:
-                model, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
-                with files.journal(0) as journal:
+                with self._memory(self.options.batch_size), files.journal(0) as journal:
+                    model, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
                     prompter = Prompter(tokenizer, self.options.prompt)
                     draw_samples(model, prompter, missing, self.options, journal, advance)
             elif missing:
                 self._draw_in_processes(files, missing, advance)
         return len(missing)
 
+    @contextmanager
+    def _memory(self, rows: int) -> Iterator[None]:
+        """Raises RunError where the memory is too small."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory with {rows} sequences at a time on each of {self.processes} copies of the model: lower "
+                "--batch-size or --processes; the same command goes on"
+            ) from None
+
     def _draw_in_processes(
         self, files: SampleFiles, missing: Sequence[tuple[Problem, int]], advance: Callable[[int], None]
     ) -> None:
         context = multiprocessing.get_context("spawn")
-        told: multiprocessing.Queue[int | str] = context.Queue()
+        told: multiprocessing.Queue[int | UserError] = context.Queue()
         started = []
         for number in range(self.processes):
             part = list(missing[number :: self.processes])
-            process = context.Process(target=_draw_part, args=(self, files, part, number, told), daemon=True)
+            process = context.Process(
+                target=_draw_part, args=(self, files, part, number, told, os.getpid()), daemon=True
+            )
             process.start()
             started.append(process)
-        running, error = set(range(self.processes)), ""
-        while running and not error:
+        running = set(range(self.processes))
+        error: UserError | None = None
+        while running and error is None:
             try:
                 said = told.get(timeout=1.0)
             except queue.Empty:
                 # One that the system has ended has no last word.
                 dead = [number for number in running if started[number].exitcode]
-                error = f"it was ended with code {started[dead[0]].exitcode}" if dead else ""
+                if dead:
+                    error = RunError(f"it was ended with code {started[dead[0]].exitcode}")
                 continue
             if isinstance(said, int) and said > 0:
                 advance(said)
@@ -190,11 +290,12 @@ class Evaluation:
             else:
                 error = said
         for process in started:
-            if error:
+            if error is not None:
                 process.terminate()
             process.join()
-        if error:
-            raise RunError(f"a process that draws samples has failed: {error}. What is drawn is kept in {self.output}.")
+        if error is not None:
+            kind = RunError if error.exit_code == RunError.exit_code else UserError
+            raise kind(f"a process that draws samples has failed: {error}. What is drawn is kept in {self.output}.")
 
     def _predict(self, progress: Progress) -> dict[str, float] | None:
         """How well the heads predict the references; None where there are none."""
@@ -205,13 +306,12 @@ class Evaluation:
         prompter, encoder = Prompter(tokenizer, self.options.prompt), TextEncoder(tokenizer, needs_bos=False)
         pairs = []
         for problem in references:
-            solution = str(problem.reference)
-            if self.options.prompt == "completion" and problem.beginning is not None:
-                solution = solution.removeprefix(problem.beginning)
-            pairs.append((prompter.tokens(problem), [*encoder([solution])[0], encoder.eos_id]))
-        with progress("predicting references", "solutions") as (start, advance):
+            if (solution := prompter.solution(problem)) is not None:
+                pairs.append((prompter.tokens(problem), [*encoder([solution])[0], encoder.eos_id]))
+        rows = max(1, self.options.batch_size // 4)
+        with progress("predicting references", "solutions") as (start, advance), self._memory(rows):
             start(len(pairs))
-            return predict(model, pairs, batch_size=max(1, self.options.batch_size // 4), on_done=advance)
+            return predict(model, pairs, batch_size=rows, on_done=advance)
 
 
 def _draw_part(
@@ -219,22 +319,28 @@ def _draw_part(
     files: SampleFiles,
     part: list[tuple[Problem, int]],
     number: int,
-    told: "multiprocessing.Queue[int | str]",
+    told: "multiprocessing.Queue[int | UserError]",
+    parent: int,
 ) -> None:
     """What one of several processes does; tells how many samples are done, and at its end −``number``, or an error."""
+    die_with_parent()
+    if os.getppid() != parent:  # it has died while this process began
+        os._exit(1)
     try:
         device = torch.device("cpu")
         if evaluation.device == "cuda":
             device = torch.device("cuda", number % torch.cuda.device_count())
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // evaluation.processes))
-        model, tokenizer = load_model(evaluation.place, device=device, dtype=evaluation.dtype)
-        with files.journal(number) as journal:
+        with evaluation._memory(evaluation.options.batch_size), files.journal(number) as journal:
+            model, tokenizer = load_model(evaluation.place, device=device, dtype=evaluation.dtype)
             prompter = Prompter(tokenizer, evaluation.options.prompt)
             draw_samples(model, prompter, part, evaluation.options, journal, told.put)
         told.put(-number)
+    except UserError as error:
+        told.put(error)
     except Exception as error:
-        told.put(f"{type(error).__name__}: {error}")
+        told.put(RunError(f"{type(error).__name__}: {error}"))
 
 
 def to_json(summary: Mapping[str, Any]) -> str:

@@ -42,8 +42,14 @@ class Result:
             **{f"pass@{k}": pass_at_k(n, self.correct, k) for k in ks},
             "exact_match": self.exact_match,
             "samples": [
-                {"number": sample.number, "program": sample.program, "tokens": sample.tokens, "ended": sample.ended}
-                | verdict
+                {
+                    "number": sample.number,
+                    "program": sample.program,
+                    "tokens": sample.tokens,
+                    "ended": sample.ended,
+                    "cut_off": sample.cut_off,
+                    **verdict,
+                }
                 for sample, verdict in zip(self.samples, self.verdicts, strict=True)
             ],
         }
@@ -134,7 +140,7 @@ def summarise(results: Sequence[Result], ks: Sequence[int], seed: int = 0) -> di
     samples = [sample for result in results for sample in result.samples]
     verdicts = [verdict["verdict"] for result in results for verdict in result.verdicts]
     figures["verdicts"] = {name: verdicts.count(name) for name in sorted(set(verdicts))}
-    figures["cut_off"] = sum(not sample.ended for sample in samples) / len(samples)
+    figures["cut_off"] = sum(sample.cut_off for sample in samples) / len(samples)
     figures["tokens_per_sample"] = sum(sample.tokens for sample in samples) / len(samples)
     passes = sum(sample.passes for sample in samples)
     # The first token of a sample comes with its prompt; an end token is one, too.

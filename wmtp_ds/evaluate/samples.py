@@ -11,7 +11,8 @@ from wmtp_ds.data.label_file_journal import Journal
 from wmtp_ds.data.templates import get_template
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.decoding import Completion, Limits, Sampling, generate, generate_by_transformers
-from wmtp_ds.evaluate.answers import completed, cut_completion, is_over, program_of
+from wmtp_ds.errors import UserError
+from wmtp_ds.evaluate.answers import completed, is_over, program_of
 from wmtp_ds.evaluate.model import Model
 from wmtp_ds.evaluate.problems import Problem
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
@@ -56,7 +57,8 @@ class Sample:
         program: what is run of it.
         tokens: that were generated.
         passes: of the model for them, behind the prompt.
-        ended: by the model itself; else it was cut off.
+        ended: by the model itself.
+        cut_off: reached the most tokens allowed without an end.
     """
 
     problem_id: str
@@ -66,6 +68,7 @@ class Sample:
     tokens: int
     passes: int
     ended: bool
+    cut_off: bool
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Sample":
@@ -76,6 +79,21 @@ class Sample:
 def stream_of(problem_id: str, number: int) -> int:
     """The random numbers of a sample, whatever it is drawn together with."""
     return int.from_bytes(hashlib.sha256(f"{number}\0{problem_id}".encode()).digest()[:6], "big")
+
+
+def check_beginnings(problems: Sequence[Problem], prompt: str) -> None:
+    """Each problem can be asked in this way.
+
+    Raises:
+        UserError: beginnings are to be completed, and there are some without.
+    """
+    lacking = [problem.problem_id for problem in problems if problem.beginning is None]
+    if prompt == COMPLETION and lacking:
+        raise UserError(
+            f"--prompt completion goes on with the beginning of a function, and {len(lacking)} of {len(problems)} "
+            f"problems have none ({lacking[0]}): take --prompt alpaca or plain; problems of --problems humaneval have "
+            "beginnings"
+        )
 
 
 class Prompter:
@@ -95,7 +113,15 @@ class Prompter:
         """The prompt of a problem."""
         if self._template is not None:
             return self._template(problem.row)
-        return (problem.beginning or problem.row.instruction).rstrip() + "\n"
+        assert problem.beginning is not None, "see check_beginnings"
+        return problem.beginning.rstrip() + "\n"
+
+    def solution(self, problem: Problem) -> str | None:
+        """The reference, or what of it follows the prompt; None where there is none, or it begins otherwise."""
+        if self._template is not None or problem.reference is None:
+            return problem.reference
+        prompt = self.text(problem)
+        return problem.reference.removeprefix(prompt) if problem.reference.startswith(prompt) else None
 
     def tokens(self, problem: Problem) -> list[int]:
         """The prompt's token ids, BOS first where there is one."""
@@ -113,14 +139,16 @@ class Prompter:
     def sample(self, problem: Problem, number: int, completion: Completion) -> Sample:
         """What came of a prompt."""
         text = self.decode(completion.tokens)
-        if self._template is not None:
-            program = program_of(text)
-        elif problem.beginning is not None:
-            program = completed(self.text(problem), text)
-        else:
-            program = cut_completion(text)
+        program = completed(self.text(problem), text) if self._template is None else program_of(text)
         return Sample(
-            problem.problem_id, number, text, program, len(completion.tokens), completion.passes, completion.ended
+            problem.problem_id,
+            number,
+            text,
+            program,
+            len(completion.tokens),
+            completion.passes,
+            completion.ended,
+            cut_off=not completion.ended and not self.is_over(completion.tokens),
         )
 
 
@@ -162,7 +190,8 @@ class SampleFiles:
 
 
 def _is_sample(entry: Mapping[str, Any]) -> bool:
-    kinds = {"problem_id": str, "number": int, "text": str, "program": str, "tokens": int, "passes": int, "ended": bool}
+    kinds = {"problem_id": str, "number": int, "text": str, "program": str, "tokens": int, "passes": int}
+    kinds |= {"ended": bool, "cut_off": bool}
     return entry.keys() == kinds.keys() and all(type(entry[name]) is kind for name, kind in kinds.items())
 
 

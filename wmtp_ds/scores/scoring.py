@@ -6,7 +6,6 @@ journal with its checksum. The same command goes on where a kill has left it. Th
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import shutil
@@ -21,10 +20,10 @@ from pydantic import ValidationError
 
 from wmtp_ds import __version__
 from wmtp_ds.data.index import DataIndex, build_index
-from wmtp_ds.data.label_file_journal import Journal
+from wmtp_ds.data.label_file_journal import Journal, begun_from
 from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import nearest_folder, open_file, replace_file, sha256_of
+from wmtp_ds.files import nearest_folder, replace_file, sha256_of
 from wmtp_ds.models.loading import check_architecture, load_tokenizer
 from wmtp_ds.models.model_fingerprint import compute_model_fingerprint, file_versions, model_outline
 from wmtp_ds.models.tokenizer_file import read_vocabulary, tokenizer_fingerprint
@@ -166,7 +165,7 @@ class Scoring:
         earlier: dict[str, Shard] = {}
         made_from = self._made_from()
         if JOURNAL in names:
-            begun = _begun(output / JOURNAL)
+            begun = begun_from(output / JOURNAL)
             same = begun is None or begun == made_from
         elif MANIFEST in names:
             try:
@@ -346,13 +345,6 @@ def _made_from(facts: Manifest, inputs: list[str]) -> dict[str, Any]:
         "tokenizer": [facts.tokenizer.fingerprint, facts.tokenizer.bos_id, facts.tokenizer.eos_id],
         "inputs": inputs,
     }
-
-
-def _begun(journal: Path) -> Any:
-    """What a scoring that was cut short was made from; None where it did not come to say that."""
-    with contextlib.suppress(ValueError, RecursionError), open_file(journal) as file:
-        return json.loads(file.readline())
-    return None
 
 
 def _is_shard(entry: dict[str, Any]) -> bool:
