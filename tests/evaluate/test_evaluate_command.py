@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,13 +258,17 @@ def test_errors_while_samples_are_drawn(
     assert "Traceback" not in err
 
 
-def test_a_process_whose_parent_died_meanwhile_leaves() -> None:
-    """Else it would go on drawing, and hold its journal."""
-    arguments = (None, None, [], 0, None, 1)
-    process = multiprocessing.get_context("fork").Process(target=evaluation_module._draw_part, args=arguments)
-    process.start()  # whose parent is this process, and not number 1
+@pytest.mark.parametrize(("parent", "code"), [(1, 1), (os.getpid(), 7)])
+def test_a_process_ends_with_its_parent(parent: int, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on drawing, and hold its journal. The first one's parent has died while it began."""
+    asked = os.getpid() if parent == 1 else 0
+    monkeypatch.setattr(evaluation_module, "die_with_parent", lambda: None if asked else os._exit(7))
+    context = multiprocessing.get_context("fork")
+    arguments = (None, None, [], 0, context.Queue(), parent)
+    process = context.Process(target=evaluation_module._draw_part, args=arguments)
+    process.start()
     process.join(30)
-    assert process.exitcode == 1
+    assert process.exitcode == code
 
 
 def test_two_runs_are_compared_on_the_problems_that_both_were_asked(

@@ -1,4 +1,4 @@
-"""Any model to evaluate: an export or a checkpoint of ours, or a Llama in Hugging Face format."""
+"""Any model to evaluate: an export or a checkpoint of ours, or a next-token model in Hugging Face format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from wmtp_ds.models.config_file import read_config_fields
 from wmtp_ds.models.loading import load_policy, load_tokenizer
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 from wmtp_ds.run_summary import BEST, FINAL, read_summary
+from wmtp_ds.tracking_state import TrackingState
 
 # A policy of ours, or a next-token model of another architecture.
 Model = MTPLlamaForCausalLM | PreTrainedModel
@@ -44,7 +45,21 @@ class Place:
     def tracked_run(self) -> str | None:
         """The MLflow id of the run that it comes from."""
         run_id = None if self.run is None else read_summary(self.run).get("mlflow_run_id")
-        return run_id if isinstance(run_id, str) else None
+        if isinstance(run_id, str):
+            return run_id
+        # run.json says it once the run has ended.
+        state = self.tracking
+        return None if state is None else state.run_id
+
+    @property
+    def tracking(self) -> TrackingState | None:
+        """What the run that it comes from remembers of its tracking."""
+        if self.run is None:
+            return None
+        try:
+            return TrackingState.load(self.run)
+        except (OSError, UserError):  # a run without tracking, or a damaged file: nothing that an evaluation needs
+            return None
 
 
 def find_model(path: Path) -> Place:
