@@ -349,3 +349,8 @@ def test_models_that_cannot_be_evaluated(solver: Path, problems_file: Path, here
     assert "run/step_00000003 is not whole" in said("run/step_00000003")
     reference = solver.parent / "reference"
     assert "reference has none: take --decode plain" in said(reference, "--decode", "self-speculative")
+    shutil.copytree(solver, "text")
+    fields = json.loads(Path("text/config.json").read_text())
+    Path("text/config.json").write_text(json.dumps(fields | {"n_future_tokens": "4"}))
+    for decode in ("plain", "self-speculative"):
+        assert "text/config.json: n_future_tokens is '4'" in said("text", "--decode", decode)

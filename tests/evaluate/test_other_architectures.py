@@ -1,6 +1,7 @@
 """Models that are no Llamas: their own forward and caches, our choice of tokens."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     MambaConfig,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -23,7 +25,7 @@ from transformers import (
 from wmtp_ds.decoding import Limits, Sampling, generate_by_transformers
 from wmtp_ds.errors import UserError
 from wmtp_ds.evaluate.teacher import predict
-from wmtp_ds.models.causal import load_causal
+from wmtp_ds.models.causal import learned_positions, load_causal
 
 VOCABULARY, END = 40, 1
 CONFIGS = {
@@ -185,6 +187,56 @@ def test_what_a_folder_says_of_generation_changes_nothing(qwen: Path, asked: dic
     file.write_text(json.dumps(json.loads(file.read_text()) | asked))
     model = load_causal(qwen, dtype=torch.float32).eval()
     assert [one.tokens for one in generate_by_transformers(model, prompts, limits)] == expected
+
+
+@pytest.fixture
+def gpt2(qwen: Path) -> Path:
+    """The same tokenizer, and a model with an embedding of each of 128 positions."""
+    config = GPT2Config.from_dict(CONFIGS["gpt2"].to_dict() | {"vocab_size": 257, "eos_token_id": 0, "bos_token_id": 0})
+    AutoModelForCausalLM.from_config(config).save_pretrained(qwen)
+    return qwen
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (CONFIGS["gpt2"], 128),
+        (OPTConfig(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCABULARY,
+                   max_position_embeddings=64, word_embed_proj_dim=32), 64),
+        (CONFIGS["qwen2"], None),
+        (CONFIGS["mamba"], None),
+    ],
+)  # fmt: skip
+def test_how_many_positions_a_model_has_learned(config: Any, positions: int | None) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    assert learned_positions(model) == positions
+    if positions is not None:
+        assert model(torch.full((1, positions), 3)).logits.shape[1] == positions
+        with pytest.raises(IndexError):
+            model(torch.full((1, positions + 1), 3))
+
+
+def test_more_tokens_than_positions(gpt2: Path, tmp_path: Path) -> None:
+    """Prompts behind a template have more than 128 tokens; of plain ones, the last reference has."""
+    rows = [
+        {"problem_id": name, "instruction": "Go.", "output": output, "is_correct": True, "metadata": {"tests": [test]}}
+        for name, output, test in (("a", "x = 1", "assert f(1) == 2"), ("b", "y" * 150, "assert f(1) == 2"))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--problems", file, "--output", tmp_path / "out", "--json")
+    refused = command("evaluate", gpt2, *options, "--prompt", "plain")
+    assert refused.code == 2
+    found = re.search(r"the model has 128 positions.*: take --max-new-tokens (\d+)", refused.err)
+    assert found is not None
+    assert command("evaluate", gpt2, *options, "--prompt", "plain", "--max-new-tokens", int(found[1]) + 1).code == 2
+    refused = command("evaluate", gpt2, *options, "--max-new-tokens", 3)
+    assert refused.code == 2
+    assert "take another model, or leave that problem out" in refused.err
+    done = command("evaluate", gpt2, *options, "--prompt", "plain", "--max-new-tokens", found[1])
+    assert done.code == 0, done.err
+    prediction = json.loads(done.out)["figures"]["prediction"]
+    assert (prediction["references_left_out"], prediction["tokens"]) == (1, 6)  # five letters and the end
 
 
 def _without_weights(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Problems from MBPP, HumanEval, rows and problems.jsonl; and all that can be wrong with them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_mbpp(tmp_path: Path) -> None:
     assert problem.beginning is None
 
 
+def test_mbpps_references_are_what_models_are_trained_on(tmp_path: Path) -> None:
+    code = "import math\r\ndef f( x ):  # one more\r\n\treturn (x)+1"
+    file = write(tmp_path / "mbpp.jsonl", MBPP | {"code": code}, MBPP | {"task_id": 8, "code": "def f(x) return x"})
+    first, second = read_problems(f"mbpp:{file}").problems
+    assert first.reference == "import math\n\ndef f(x):\n    return x + 1"
+    assert second.reference == "def f(x) return x"  # it is no Python, and nothing is trained on it
+
+
 def test_humaneval(tmp_path: Path) -> None:
     (problem,) = read_problems(f"humaneval:{write(tmp_path / 'HumanEval.jsonl', HUMANEVAL)}").problems
     assert problem.beginning == HUMANEVAL["prompt"].strip()
@@ -73,6 +82,7 @@ def test_rows_with_problems_beside_them(tmp_path: Path) -> None:
     assert problem.limits.cpu_seconds == 3.0
     (alone,) = read_problems(str(tmp_path / "problems.jsonl")).problems
     assert (alone.row.instruction, alone.reference, alone.tests) == ("Echo.", None, problem.tests)
+    assert alone.limits == problem.limits
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,33 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_problems_that_cannot_be_used(record: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         read_problems(str(write(tmp_path / "rows.jsonl", record)))
+
+
+PROBLEM = {"problem_id": "a", "instruction": "Add one.", "tests": {"kind": "function", "asserts": ["assert f(1) == 2"]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"limits": {"seconds": 10**400}},
+            "problems.jsonl:1: its tests cannot be run: the limit of seconds is more than",
+        ),
+        ({"limits": {"memory_mb": 1e300}}, "problems.jsonl:1: its tests cannot be run: the limit of memory_mb is more"),
+        ({"language": ["python"]}, r"no problem in it has tests that can be run \(1 with language \['python'\]\)"),
+        ({"instruction": "Add \ud800."}, "problems.jsonl:1: holds half a surrogate pair"),
+    ],
+)
+def test_problem_files_that_cannot_be_used(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        read_problems(str(write(tmp_path / "problems.jsonl", PROBLEM | changes)))
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Nobody writes to it."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read: it is a pipe or a device"):
+        read_problems(str(tmp_path / "rows.jsonl"))
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

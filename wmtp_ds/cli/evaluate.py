@@ -56,7 +56,8 @@ def positive_numbers(context: click.Context, parameter: click.Parameter, value: 
     type=click.Choice(["plain", "self-speculative"]),
     default="plain",
     show_default=True,
-    help="self-speculative: the extra heads draft, head 1 verifies; the same samples in fewer passes.",
+    help="self-speculative: the extra heads draft, head 1 verifies, in fewer passes; greedily it gives the same "
+    "samples, at random samples of the same distribution.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many problems.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Samples at a time.")
@@ -98,9 +99,9 @@ def evaluate(
 ) -> None:
     """Draw solutions of problems from MODEL, run them against their tests, and say how many are right.
 
-    MODEL is an export of a run (checkpoint_best), a run's folder, or any Llama in Hugging Face format. pass@k is the
-    unbiased estimate of Chen et al. (2021). Where right solutions are known, each head's accuracy and perplexity on
-    their tokens are measured, too. An evaluation that was cut short goes on with the same command.
+    MODEL is an export of a run (checkpoint_best), a run's folder, or any next-token model in Hugging Face format.
+    pass@k is the unbiased estimate of Chen et al. (2021). Where right solutions are known, each head's accuracy and
+    perplexity on their tokens are measured, too. An evaluation that was cut short goes on with the same command.
     """
     n = n_samples or max(ks)
     if max(ks) > n:
@@ -180,6 +181,9 @@ def _show(output: Path, summary: dict[str, Any]) -> None:
     if figures["tokens_per_pass"]:
         click.echo(f"  {'tokens per pass':<22} {figures['tokens_per_pass']:.3f}")
     prediction = figures["prediction"] or {}
+    if prediction.get("references_left_out"):
+        count = prediction["references_left_out"]
+        click.echo(f"  {'references left out':<22} {count}, for which the model has too few positions")
     for head in range(1, 1 + sum(name.startswith("loss_head_") for name in prediction)):
         accuracy, perplexity = (prediction[f"{name}_head_{head}"] for name in ("token_accuracy", "perplexity"))
         click.echo(f"  {f'head {head} on references':<22} accuracy {accuracy:.4f}, perplexity {perplexity:.3f}")

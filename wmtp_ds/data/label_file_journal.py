@@ -12,15 +12,19 @@ from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.files import open_file
 
 
-def begun_from(journal: Path) -> dict[str, Any] | None:
+def begun_from(journal: Path, *, needs_entry: bool = False) -> dict[str, Any] | None:
     """What the work in a journal was made from; None where it did not come to say that.
+
+    Args:
+        journal: its file.
+        needs_entry: None also where nothing is entered yet.
 
     Raises:
         OSError: it cannot be read.
     """
     with contextlib.suppress(ValueError, RecursionError), open_file(journal) as file:
         first = json.loads(file.readline())
-        return first if isinstance(first, dict) else None
+        return first if isinstance(first, dict) and (file.readline() or not needs_entry) else None
     return None
 
 

@@ -22,6 +22,8 @@ INTERPRETER_MB = 128
 
 _CACHED_PROBLEMS = 32
 _MIN_OUTPUT_BYTES = 1 << 20
+# Of a source's own limits: a day, a terabyte. Clocks and rlimits take no number whatever.
+_MOST = {"seconds": 86_400, "memory_mb": 1_000_000}
 
 
 class UnusableTestsError(Exception):
@@ -136,7 +138,7 @@ def problem_of(row: Mapping[str, Any], problems: ProblemFile | None, comparison:
     metadata = row.get("metadata") or {}
     found = (problems.get(row["problem_id"]) if problems else None) or {}
     language = metadata.get("language") or found.get("language") or "python"
-    if language not in PYTHON:
+    if not isinstance(language, str) or language not in PYTHON:
         return f"language {language}"
     listed = metadata.get("tests") or found.get("tests")
     if not listed:
@@ -150,7 +152,11 @@ def problem_of(row: Mapping[str, Any], problems: ProblemFile | None, comparison:
 
 def _number(limits: Any, key: str) -> float | None:
     value = limits.get(key) if isinstance(limits, dict) else None
-    return float(value) if isinstance(value, (int, float)) and value > 0 else None
+    if not isinstance(value, (int, float)) or not value > 0:
+        return None
+    if value > _MOST[key]:
+        raise UnusableTestsError(f"the limit of {key} is more than {_MOST[key]:,}")
+    return float(value)
 
 
 def check_tests(tests: Tests, limits: Limits) -> None:

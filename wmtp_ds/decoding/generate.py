@@ -65,7 +65,8 @@ def generate(
         limits: when a completion is over.
         sampling: how tokens are chosen; greedily by default.
         streams: a number for each prompt: of its random numbers. By default its place.
-        speculative: draft with the extra heads. What comes out is what comes out without.
+        speculative: draft with the extra heads. Greedily the same comes out as without; at random, something of the
+            same distribution.
         batch_size: completions at a time.
         on_done: called with a prompt's place and its completion as soon as it is over.
 

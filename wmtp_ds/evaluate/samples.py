@@ -15,6 +15,7 @@ from wmtp_ds.errors import UserError
 from wmtp_ds.evaluate.answers import completed, is_over, program_of
 from wmtp_ds.evaluate.model import Model
 from wmtp_ds.evaluate.problems import Problem
+from wmtp_ds.models.causal import learned_positions
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 SAMPLES = "samples"
@@ -212,11 +213,15 @@ def draw_samples(
         options: how.
         journal: entered.
         on_done: called with how many are done since the last call.
+
+    Raises:
+        UserError: the model has no positions for so many tokens.
     """
     prompts: dict[str, list[int]] = {}
     for problem, _ in wanted:
         if problem.problem_id not in prompts:
             prompts[problem.problem_id] = prompter.tokens(problem)
+    _check_positions(model, prompts, options.max_new_tokens)
 
     def enter(place: int, completion: Completion) -> None:
         journal.append(asdict(prompter.sample(*wanted[place], completion)))
@@ -233,3 +238,17 @@ def draw_samples(
         batch_size=options.batch_size,
         on_done=enter,
     )
+
+
+def _check_positions(model: Model, prompts: Mapping[str, Sequence[int]], max_new_tokens: int) -> None:
+    most = learned_positions(model)
+    if most is None or not prompts:
+        return
+    longest = max(prompts, key=lambda problem_id: len(prompts[problem_id]))
+    tokens = len(prompts[longest])
+    if tokens + max_new_tokens > most:
+        mend = f"--max-new-tokens {most - tokens}" if tokens < most else "another model, or leave that problem out"
+        raise UserError(
+            f"the model has {most} positions, and the prompt of {longest} has {tokens} tokens, to which "
+            f"--max-new-tokens adds {max_new_tokens}: take {mend}"
+        )

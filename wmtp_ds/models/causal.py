@@ -13,6 +13,21 @@ from wmtp_ds.models.config_file import read_config_fields, refuse_foreign_code
 from wmtp_ds.models.loading import in_one_line
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has positions for, where it has learned an embedding of each; None where it has none.
+
+    Others, of rotary or relative positions, take any number of tokens.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    # OPT and its kin keep two rows more than positions.
+    if isinstance(most, int) and any(
+        most <= table.num_embeddings <= most + 2 and table is not model.get_input_embeddings() for table in tables
+    ):
+        return most
+    return None
+
+
 def load_causal(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """A next-token model, from safetensors alone and without code from the folder.
 
