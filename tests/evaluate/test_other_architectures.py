@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from wmtp_ds.decoding import Limits, Sampling, generate_by_transformers
@@ -35,6 +37,14 @@ CONFIGS = {
         vocab_size=VOCABULARY,
     ),
     "mamba": MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=VOCABULARY, conv_kernel=4),
+    "recurrent_gemma": RecurrentGemmaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=VOCABULARY,
+        lru_width=32, attention_window_size=64,
+    ),
+    "rwkv": RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, bos_token_id=0,
+        eos_token_id=END,
+    ),
 }  # fmt: skip
 
 
@@ -79,12 +89,14 @@ def test_greedy_completions_are_the_models_own_whatever_the_batch(kind: str) -> 
     assert [one.tokens for one in enough] == [tokens[:3] for tokens, _ in expected]
 
 
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma", "rwkv"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_model_without_attention(batch_size: int) -> None:
-    model = model_of("mamba")
+def test_a_model_with_a_recurrent_state(kind: str, batch_size: int) -> None:
+    """Not every one takes a mask for padding."""
+    model, prompts = model_of(kind), [*PROMPTS, [14], [15, 16]]
     with torch.no_grad():
-        expected = [greedy(model, prompt, 8) for prompt in PROMPTS]
-    found = generate_by_transformers(model, PROMPTS, Limits(8, frozenset([END])), batch_size=batch_size)
+        expected = [greedy(model, prompt, 8) for prompt in prompts]
+    found = generate_by_transformers(model, prompts, Limits(8, frozenset([END])), batch_size=batch_size)
     assert [(one.tokens, one.ended) for one in found] == expected
 
 

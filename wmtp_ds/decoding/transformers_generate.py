@@ -16,6 +16,9 @@ from transformers import (
 from wmtp_ds.decoding.generate import Completion, Limits
 from wmtp_ds.decoding.sampling import RowRandom, Sampling, choose
 
+# Whose recurrent state takes in padding, too, whatever the mask says, or mixes the rows of a batch.
+_ONE_AT_A_TIME = frozenset(("recurrent_gemma", "rwkv"))
+
 
 class _Draw(LogitsProcessor):
     """Leaves of each row's tokens the one that is drawn: what transformers then finds to be the likeliest."""
@@ -60,6 +63,8 @@ def generate_by_transformers(
     sampling = sampling or Sampling()
     streams = range(len(prompts)) if streams is None else streams
     completions = [Completion() for _ in prompts]
+    if model.config.model_type in _ONE_AT_A_TIME:
+        batch_size = 1
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
