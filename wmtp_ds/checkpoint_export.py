@@ -13,10 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wmtp_ds.checkpoint_files import MANIFEST, PARTIAL, is_complete, read_manifest, replace_folder, verify_manifest
+from wmtp_ds.checkpoint_files import (
+    MADE_FROM,
+    MANIFEST,
+    PARTIAL,
+    export_place,
+    export_there,
+    read_manifest,
+    replace_folder,
+    verify_manifest,
+)
 from wmtp_ds.config import load_config
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import read_json, sha256_of
+from wmtp_ds.files import sha256_of
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
@@ -28,7 +37,6 @@ from wmtp_ds.universal import convert
 
 logger = logging.getLogger(__name__)
 _VALUE_HEAD = "value_head."
-_MADE_FROM = "manifest"  # in metrics.json: the SHA-256 of the checkpoint's manifest
 
 
 def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> Path:
@@ -86,7 +94,7 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
         facts = {
             "step": read_manifest(checkpoint).get("step"),
             "stage": config.experiment.stage,
-            _MADE_FROM: sha256_of(checkpoint / MANIFEST),
+            MADE_FROM: sha256_of(checkpoint / MANIFEST),
         }
         (partial / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.copy(checkpoint / "config.toml", partial / "config.toml")
@@ -104,17 +112,9 @@ def export_beside(checkpoint: Path) -> Path:
     Raises:
         UserError, RunError: as `export_checkpoint` does.
     """
-    final = checkpoint.with_name(f"exported_{checkpoint.name}")
-    try:
-        facts = read_json(final / "metrics.json")
-    except (OSError, ValueError):
-        facts = None
-    if (
-        is_complete(checkpoint)
-        and isinstance(facts, dict)
-        and facts.get(_MADE_FROM) == sha256_of(checkpoint / MANIFEST)
-    ):
-        return final
+    if (there := export_there(checkpoint)) is not None:
+        return there
+    final = export_place(checkpoint)
     logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
     return export_checkpoint(checkpoint, final, force=True)
 
