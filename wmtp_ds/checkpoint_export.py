@@ -59,7 +59,8 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
             raise UserError(f"{final} is there, and it is no export: name another destination.")
         if not force:
             raise UserError(f"{final} is there already: name another destination, or replace it with --force.")
-    resolved = load_config(checkpoint / "config.toml", checks=False)
+    # As the run had it: variables that are set today are of other runs.
+    resolved = load_config(checkpoint / "config.toml", checks=False, environ={})
     policy_folder = Path(resolved.config.models.policy.path)
     if not (policy_folder / "config.json").is_file():
         raise UserError(f"{policy_folder} is gone, the model that {checkpoint} was trained from: run this beside it.")

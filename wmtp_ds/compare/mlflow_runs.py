@@ -149,8 +149,8 @@ class MlflowRuns:
         found = (self._finished(run),)
         if parent is None:
             name = run.info.run_name or run.info.run_id
-            alone = ("an evaluation alone: it has no run above it",)
-            return Run(name=name, identity=run.info.run_id, evaluations=found, remarks=alone)
+            orphan = ("an evaluation alone: it has no run above it",)
+            return Run(name=name, identity=run.info.run_id, evaluations=found, remarks=orphan)
         alone = self._training(self._get(parent))
         remarks = alone.remarks
         if (model := Path(found[0].model)).name not in (BEST, FINAL):

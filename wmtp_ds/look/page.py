@@ -25,6 +25,7 @@ pre.correct { border-left-color: #009e73; } pre.incorrect { border-left-color: #
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 p, figcaption { overflow-wrap: anywhere; }
 .note { color: #555; } td, th { padding: .1rem .8rem .1rem 0; text-align: right; } td:first-child { text-align: left; }
+span.t:empty { padding-left: .35em; }
 span.t:hover { outline: 1px solid #222; }
 #tip { position: fixed; display: none; background: #222; color: #fff; font: 13px/1.4 monospace; padding: .4rem .6rem;
   white-space: pre; pointer-events: none; border-radius: 3px; }
@@ -57,8 +58,7 @@ def render(title: str, facts: Mapping[str, str], solutions: Sequence[Solution], 
         figures: `wmtp_ds.look.statistics.summary` of them.
     """
     main = figures["shaded_by"]
-    entries = figures["columns"][main]
-    scale = Scale.of(main, entries["min"], entries["max"])
+    scale = Scale.of(main, [token.columns[main] for solution in solutions for token in solution.tokens])
     parts = [
         f"<h1>{escape(title)}</h1>",
         "<p class=note>" + "<br>".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items()) + "</p>",
@@ -99,8 +99,9 @@ def _solution(solution: Solution, main: str, scale: Scale) -> str:
 def _span(token: Token, main: str, scale: Scale) -> str:
     red, green, blue, opacity = scale.colour(token.columns[main])
     told = [f"{NAMES.get(name, name)}: {value:.4f}" for name, value in token.columns.items()]
-    tip = escape("\n".join([repr(token.text) if token.text else "end of the solution", token.kind, *told]), quote=True)
-    text = escape(token.text) if token.text else "⏹"
+    what = f"part of {token.part_of!r}" if token.part_of else repr(token.text)
+    tip = escape("\n".join(["end of the solution" if token.kind == "end" else what, token.kind, *told]), quote=True)
+    text = "⏹" if token.kind == "end" else escape(token.text)
     # A line end alone would show nothing.
     shown = text.replace("\n", "↵\n") if not token.text.strip() and "\n" in token.text else text
     return f'<span class=t style="background:rgba({red},{green},{blue},{opacity})" data-tip="{tip}">{shown}</span>'

@@ -27,7 +27,7 @@ def draw(title: str, solutions: Sequence[Solution], figures: Mapping[str, Any], 
     from matplotlib import pyplot as plt
 
     main = figures["shaded_by"]
-    scale = Scale.of(main, figures["columns"][main]["min"], figures["columns"][main]["max"])
+    scale = Scale.of(main, [token.columns[main] for solution in solutions for token in solution.tokens])
     pair = _pair(solutions)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5))
     _bars(axes[0, 0], figures["distribution"], NAMES[main])
