@@ -25,7 +25,7 @@ from wmtp_ds.checkpoint_files import (
 )
 from wmtp_ds.config import load_config
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import sha256_of
+from wmtp_ds.files import one_at_a_time, sha256_of
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
@@ -37,6 +37,7 @@ from wmtp_ds.universal import convert
 
 logger = logging.getLogger(__name__)
 _VALUE_HEAD = "value_head."
+_LOCKED = "config.toml"  # of a checkpoint, while it is exported; its manifest is, while it is converted
 
 
 def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> Path:
@@ -51,6 +52,11 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
         UserError: the checkpoint is not whole, the model that it was trained from is gone, or ``final`` is taken.
         RunError: it cannot be converted or written.
     """
+    with one_at_a_time(checkpoint / _LOCKED):
+        return _export(checkpoint, final, force=force)
+
+
+def _export(checkpoint: Path, final: Path, *, force: bool) -> Path:
     problem = verify_manifest(checkpoint)
     if problem is not None:
         raise UserError(f"{checkpoint} is not whole: {problem}. wmtp-ds checkpoint list shows others.")
@@ -115,9 +121,12 @@ def export_beside(checkpoint: Path) -> Path:
     """
     if (there := export_there(checkpoint)) is not None:
         return there
-    final = export_place(checkpoint)
-    logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
-    return export_checkpoint(checkpoint, final, force=True)
+    with one_at_a_time(checkpoint / _LOCKED):
+        if (there := export_there(checkpoint)) is not None:  # by now: another process was at it
+            return there
+        final = export_place(checkpoint)
+        logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
+        return _export(checkpoint, final, force=True)
 
 
 def _reader(folder: Path, prefix: str, module: nn.Module, dtype: torch.dtype) -> Callable[[nn.Parameter], Tensor]:
