@@ -35,6 +35,18 @@ class Scale:
             return cls("ratio", 1.0, farthest or 1.0)
         return cls("share", 0.5, max(abs(entry - 0.5) for entry in entries) or 1.0)
 
+    @property
+    def selects(self) -> bool:
+        """Whether entries say no more than which tokens count."""
+        return (self.kind, self.ordinary) == ("share", 0.0)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """What the colours MORE and LESS say; of weights that select, what MORE says, and no colour."""
+        if self.selects:
+            return "selected", "left out"
+        return f"above {self.ordinary:g}", f"below {self.ordinary:g}"
+
     def strength(self, entry: float) -> float:
         """From −1 (least) over 0 (ordinary) to 1 (most)."""
         distance = math.log(max(entry, _LEAST)) if self.kind == "ratio" else entry - self.ordinary
