@@ -14,7 +14,8 @@ from wmtp_ds.data.index import DataIndex, build_index
 from wmtp_ds.data.rows import Row
 from wmtp_ds.errors import UserError
 from wmtp_ds.models.config_file import model_key
-from wmtp_ds.rewards import ScoreCache, Squash, score_rows, stored_scores
+from wmtp_ds.reward_values import Squash
+from wmtp_ds.rewards import ScoreCache, score_rows, stored_scores
 
 FINITE = st.floats(-1e4, 1e4, width=32)
 

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +70,24 @@ def test_a_conversion_is_made_once(saved: Path, converter) -> None:
     assert leftovers(saved.parent) == []
     assert universal.convert(saved) == folder
     assert program.calls == 1
+
+
+def test_two_at_once_make_one_conversion(saved: Path, converter, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = converter()
+
+    def slow(*arguments: Any, **keywords: Any) -> SimpleNamespace:
+        done = program(*arguments, **keywords)
+        time.sleep(0.3)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with ThreadPoolExecutor() as pool:
+        folders = list(pool.map(universal.convert, [saved, saved]))
+    assert program.calls == 1
+    assert folders[0] == folders[1]
+    assert verify_manifest(folders[0]) is None
+    assert sorted(path.name for path in saved.iterdir()) == [MANIFEST, "shard.pt"], "no lock is left behind"
+    assert verify_manifest(saved) is None
 
 
 def test_a_damaged_conversion_is_made_again(saved: Path, converter) -> None:

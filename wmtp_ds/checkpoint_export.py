@@ -13,10 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wmtp_ds.checkpoint_files import MANIFEST, PARTIAL, is_complete, read_manifest, replace_folder, verify_manifest
+from wmtp_ds.checkpoint_files import (
+    MADE_FROM,
+    MANIFEST,
+    PARTIAL,
+    export_place,
+    export_there,
+    read_manifest,
+    replace_folder,
+    verify_manifest,
+)
 from wmtp_ds.config import load_config
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import read_json, sha256_of
+from wmtp_ds.files import one_at_a_time, sha256_of
 from wmtp_ds.handoff import save_value_head
 from wmtp_ds.models.config_file import write_config
 from wmtp_ds.models.fingerprint import read_trunk_fingerprint, store_trunk_fingerprint
@@ -28,7 +37,7 @@ from wmtp_ds.universal import convert
 
 logger = logging.getLogger(__name__)
 _VALUE_HEAD = "value_head."
-_MADE_FROM = "manifest"  # in metrics.json: the SHA-256 of the checkpoint's manifest
+_LOCKED = "config.toml"  # of a checkpoint, while it is exported; its manifest is, while it is converted
 
 
 def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> Path:
@@ -43,6 +52,11 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
         UserError: the checkpoint is not whole, the model that it was trained from is gone, or ``final`` is taken.
         RunError: it cannot be converted or written.
     """
+    with one_at_a_time(checkpoint / _LOCKED):
+        return _export(checkpoint, final, force=force)
+
+
+def _export(checkpoint: Path, final: Path, *, force: bool) -> Path:
     problem = verify_manifest(checkpoint)
     if problem is not None:
         raise UserError(f"{checkpoint} is not whole: {problem}. wmtp-ds checkpoint list shows others.")
@@ -51,7 +65,8 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
             raise UserError(f"{final} is there, and it is no export: name another destination.")
         if not force:
             raise UserError(f"{final} is there already: name another destination, or replace it with --force.")
-    resolved = load_config(checkpoint / "config.toml", checks=False)
+    # As the run had it: variables that are set today are of other runs.
+    resolved = load_config(checkpoint / "config.toml", checks=False, environ={})
     policy_folder = Path(resolved.config.models.policy.path)
     if not (policy_folder / "config.json").is_file():
         raise UserError(f"{policy_folder} is gone, the model that {checkpoint} was trained from: run this beside it.")
@@ -86,7 +101,7 @@ def export_checkpoint(checkpoint: Path, final: Path, *, force: bool = False) -> 
         facts = {
             "step": read_manifest(checkpoint).get("step"),
             "stage": config.experiment.stage,
-            _MADE_FROM: sha256_of(checkpoint / MANIFEST),
+            MADE_FROM: sha256_of(checkpoint / MANIFEST),
         }
         (partial / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.copy(checkpoint / "config.toml", partial / "config.toml")
@@ -104,19 +119,14 @@ def export_beside(checkpoint: Path) -> Path:
     Raises:
         UserError, RunError: as `export_checkpoint` does.
     """
-    final = checkpoint.with_name(f"exported_{checkpoint.name}")
-    try:
-        facts = read_json(final / "metrics.json")
-    except (OSError, ValueError):
-        facts = None
-    if (
-        is_complete(checkpoint)
-        and isinstance(facts, dict)
-        and facts.get(_MADE_FROM) == sha256_of(checkpoint / MANIFEST)
-    ):
-        return final
-    logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
-    return export_checkpoint(checkpoint, final, force=True)
+    if (there := export_there(checkpoint)) is not None:
+        return there
+    with one_at_a_time(checkpoint / _LOCKED):
+        if (there := export_there(checkpoint)) is not None:  # by now: another process was at it
+            return there
+        final = export_place(checkpoint)
+        logger.info("%s is put together from the shards of its ranks, once, as %s", checkpoint, final)
+        return _export(checkpoint, final, force=True)
 
 
 def _reader(folder: Path, prefix: str, module: nn.Module, dtype: torch.dtype) -> Callable[[nn.Parameter], Tensor]:

@@ -22,6 +22,8 @@ LATEST = "latest"
 # Names of what is being written, replaced and removed; and of checkpoints made ready for another number of ranks.
 PARTIAL, REPLACED, REMOVED = ".partial-", ".old-", ".removed-"
 CONVERTED = ".universal"
+# In the metrics.json of a checkpoint's export: the SHA-256 of the manifest that it was made from.
+MADE_FROM = "manifest"
 
 
 def step_name(step: int) -> str:
@@ -62,6 +64,22 @@ def read_latest(root: Path) -> str | None:
         return read_text(root / LATEST, most=4096).strip()
     except (OSError, ValueError):
         return None
+
+
+def export_place(checkpoint: Path) -> Path:
+    """Where the export of a checkpoint is that tools make when they first need one."""
+    return checkpoint.with_name(f"exported_{checkpoint.name}")
+
+
+def export_there(checkpoint: Path) -> Path | None:
+    """The export of a checkpoint that tools have made; None if there is none, or it is of what was there before."""
+    export = export_place(checkpoint)
+    try:
+        facts = read_json(export / "metrics.json")
+        same = isinstance(facts, dict) and facts.get(MADE_FROM) == sha256_of(checkpoint / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    return export if same else None
 
 
 def unfinished_saves(root: Path) -> list[str]:

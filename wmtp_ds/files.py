@@ -5,11 +5,14 @@ is an error that says so, of the kinds that readers expect anyway (OSError and V
 the disk when it is said to be.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,22 @@ def sha256_of(file: Path) -> str:
     """
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait until no other process is in such a context of the same file; nothing is left behind, after a kill neither.
+
+    A file that cannot be opened, or whose file system knows no locks, keeps nobody waiting.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            # Network file systems lock for one alone only what is open for writing.
+            mode = os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY
+            descriptor = os.open(file, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def nearest_folder(path: Path) -> Path:

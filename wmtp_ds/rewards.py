@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,43 +28,13 @@ from wmtp_ds.files import open_file
 from wmtp_ds.models.config_file import model_key
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, padded
+from wmtp_ds.reward_values import Scores, Squash, stored_score
 from wmtp_ds.run_data import RunData
 
 logger = logging.getLogger("wmtp_ds")
 
-Scores = npt.NDArray[np.float32]
 # (input_ids [B, S], lengths [B], pad_id) -> [B]
 Scorer = Callable[[Tensor, Tensor, int], Tensor]
-SCORE_KEY = "reward_score"  # in a row's metadata
-
-
-@dataclass(frozen=True)
-class Squash:
-    """Brings scores into [0, 1]: the logistic function, of z-scores if ``how`` is "zscore_sigmoid".
-
-    Attributes:
-        mean, std: of the scores of the training rows that a run reads (population); used for z-scores.
-    """
-
-    how: str
-    mean: float = 0.0
-    std: float = 1.0
-
-    @classmethod
-    def of(cls, how: str, scores: Scores) -> "Squash":
-        """With the statistics of these scores."""
-        known = scores.astype(np.float64)
-        return cls(how, float(known.mean()), float(known.std())) if len(known) else cls(how)
-
-    def __call__(self, scores: Scores) -> Scores:
-        """Rewards in [0, 1], float32; NaN stays NaN."""
-        z = scores.astype(np.float64)
-        if self.how == "zscore_sigmoid":
-            z = (z - self.mean) / (self.std or 1.0)
-        # The form that overflows for neither sign.
-        small = np.exp(-np.abs(z))
-        rewards: Scores = (np.where(z >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
-        return rewards
 
 
 def score_rows(
@@ -222,11 +191,5 @@ def stored_scores(index: DataIndex, row_ids: Sequence[int] | npt.NDArray[np.int6
     """
     scores = np.empty(len(row_ids), np.float32)
     for place, row in enumerate(row_ids):
-        score = index.read_row(int(row)).metadata.get(SCORE_KEY)
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e38:
-            raise UserError(
-                f"{index.path}:{index.line[int(row)]}: metadata.{SCORE_KEY} is {score!r}, and models.reward.source = "
-                '"scores" needs a number there: run wmtp-ds data label --reward-model, or set source = "model"'
-            )
-        scores[place] = score
+        scores[place] = stored_score(index.read_row(int(row)), f"{index.path}:{index.line[int(row)]}")
     return scores

@@ -21,7 +21,8 @@ from wmtp_ds.files import open_file, replace_file, sha256_of
 from wmtp_ds.models.config_file import model_key
 from wmtp_ds.models.loading import load_tokenizer
 from wmtp_ds.models.reward import RewardEncoder, load_reward_model
-from wmtp_ds.rewards import SCORE_KEY, score_rows
+from wmtp_ds.reward_values import SCORE_KEY
+from wmtp_ds.rewards import score_rows
 
 _BATCHES_AT_ONCE = 32  # among the rows of so many, those of alike lengths share a batch
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from wmtp_ds.checkpoint_files import (
     CONVERTED,
@@ -21,7 +22,7 @@ from wmtp_ds.checkpoint_files import (
     write_manifest,
 )
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import sha256_of
+from wmtp_ds.files import one_at_a_time, sha256_of
 from wmtp_ds.signals import die_with_parent
 
 _PROGRAM = "deepspeed.checkpoint.ds_to_universal"
@@ -33,7 +34,7 @@ _REFUSED = 3  # exit code: a shard asks for code to be run
 
 
 def convert(checkpoint: Path) -> Path:
-    """The universal form of a sound checkpoint: made now, unless that has been done before.
+    """The universal form of a sound checkpoint: made now, unless that has been done before, or is just being done.
 
     Returns:
         A folder of the checkpoint's name in ``.universal`` beside it.
@@ -42,11 +43,14 @@ def convert(checkpoint: Path) -> Path:
         RunError: if it cannot be made, with the command that was tried.
         UserError: if a shard asks for code to be run.
     """
-    manifest = read_manifest(checkpoint)
-    source = sha256_of(checkpoint / MANIFEST)
-    final = checkpoint.parent / CONVERTED / checkpoint.name
-    if _is_of(final, source):
-        return final
+    with one_at_a_time(checkpoint / MANIFEST):
+        manifest = read_manifest(checkpoint)
+        source = sha256_of(checkpoint / MANIFEST)
+        final = checkpoint.parent / CONVERTED / checkpoint.name
+        return final if _is_of(final, source) else _convert(checkpoint, final, manifest, source)
+
+
+def _convert(checkpoint: Path, final: Path, manifest: dict[str, Any], source: str) -> Path:
     # Names without their folders: DeepSpeed reads some characters in them as patterns.
     name = f"{CONVERTED}/{PARTIAL}{checkpoint.name}"
     partial = checkpoint.parent / name

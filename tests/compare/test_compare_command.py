@@ -1,7 +1,9 @@
 """`wmtp-ds compare` on folders: what is different, what is better, and what cannot be compared."""
 
+import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import struct
@@ -185,6 +187,43 @@ def test_a_checkpoint_is_the_run_up_to_it(make_run: Make, compare: Call, kind: s
     assert found["config_differences"] == {}
 
 
+@pytest.fixture
+def checkpoint(make_run: Make) -> Path:
+    """A checkpoint, whole, of a run."""
+    folder = make_run("one") / "step_00000004"
+    folder.mkdir()
+    shutil.copy(folder.parent / "config.toml", folder)
+    write_manifest(folder, step=4, world_size=2, global_batch=8)
+    return folder
+
+
+def test_a_checkpoints_evaluations_are_those_of_its_export(
+    checkpoint: Path, make_run: Make, make_evaluation: Make, compare: Call, here: Path
+) -> None:
+    other = make_run("two")
+    make_evaluation(other / "e", other / "checkpoint_best", {"p": (1, 0)})
+    found = told(compare, other, checkpoint)
+    advice = "one/step_00000004: has no evaluation: wmtp-ds evaluate"
+    assert f"{advice} {checkpoint} --problems …" in found["warnings"]
+    export = checkpoint.with_name("exported_step_00000004")
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    made_from = {"step": 4, "manifest": hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()}
+    (export / "metrics.json").write_text(json.dumps(made_from))
+    inside = make_evaluation(checkpoint.parent / "evaluated", export, {"p": (1, 1)})
+    below = make_evaluation(here / "evaluations/x", export, {"q": (1, 1)}, problems="humaneval")
+    found = told(compare, other, checkpoint)
+    assert sorted(found["runs"]["one/step_00000004"]["evaluations"]) == sorted(
+        [str(inside), str(below.relative_to(here))]
+    )
+    assert found["pass_at_k"][0]["difference"] == 1.0
+    # The step was taken again.
+    write_manifest(checkpoint, step=4, world_size=4, global_batch=8)
+    found = told(compare, other, checkpoint)
+    assert found["pass_at_k"] == []
+    assert f"{advice} {checkpoint} --problems …" in found["warnings"]
+
+
 def test_an_export_that_was_copied_elsewhere(make_run: Make, compare: Call, here: Path) -> None:
     shutil.copytree(make_run("one") / "checkpoint_best", here / "elsewhere")
     found = told(compare, "elsewhere", make_run("two"))
@@ -205,6 +244,35 @@ def test_an_evaluation_stands_for_its_run(make_run: Make, make_evaluation: Make,
     assert any("theirs: an evaluation alone" in text for text in found["warnings"])
     assert any("different options: temperature" in text for text in found["warnings"])
     assert told(compare, "evaluations/x", "evaluations/y")["pass_at_k"][0]["difference"] == 0.0
+
+
+def test_an_evaluation_of_what_its_folder_no_longer_holds_stands_alone(
+    make_run: Make, make_evaluation: Make, compare: Call, here: Path
+) -> None:
+    for name, correct in (("one", 0), ("two", 1)):
+        make_evaluation(here / f"evaluations/{name}", make_run(name) / "checkpoint_best", {"p": (1, correct)})
+    best = here / "checkpoints/one/checkpoint_best"
+    (best / "config.json").write_text('{"trained": "again"}')
+    found = told(compare, "evaluations/one", "evaluations/two")
+    assert found["pass_at_k"][0]["difference"] == 1.0
+    assert f"one: an evaluation alone: {best} holds another model since" in found["warnings"]
+    assert found["runs"]["one"]["steps"] is None
+    assert list(found["curves"]["val/loss"]) == ["two/checkpoint_best"]
+
+
+def test_the_options_that_the_other_arm_shares_count_not_those_that_were_drawn_often(
+    make_run: Make, make_evaluation: Make, compare: Call
+) -> None:
+    one, two = make_run("one"), make_run("two")
+    for name, t in (("a", 0.2), ("b", 0.8), ("c", 0.8)):  # the last is the newest
+        make_evaluation(one / name, one / "checkpoint_best", {"p": (1, int(t == 0.2))}, t=t)
+    make_evaluation(two / "a", two / "checkpoint_best", {"p": (1, 0)}, t=0.2)
+    for number, name in enumerate("abc"):
+        os.utime(one / name / "summary.json", ns=(number, number))
+    found = told(compare, one, two)
+    assert found["pass_at_k"][0]["evaluations"] == [[str(one / "a")], [str(two / "a")]]
+    assert found["pass_at_k"][0]["difference"] == -1.0
+    assert found["warnings"] == []
 
 
 # --- what is doubtful, and what is wrong ---
@@ -331,6 +399,8 @@ def test_a_run_that_goes_on(make_run: Make, compare: Call) -> None:
         (("one", "one/config.toml"), "one/config.toml is a file"),
         (("one", "empty"), "empty holds no run"),
         (("one", "0" * 32), "there is no MLflow database at"),
+        (("one", "0" * 32, "--output", "new/folder"), "there is no MLflow database at"),
+        (("one", "./one", "--output", "new/folder"), "the same run twice"),
         (("one", "two/step_00000002"), "two/step_00000002 is half-written"),
         (("one", "two/.partial-step_00000004"), "is half-written"),
         (("one", "two/.partial-checkpoint_best"), "is half-written"),

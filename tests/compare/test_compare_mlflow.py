@@ -143,3 +143,46 @@ def test_runs_that_are_not_there(make_run: Make, compare: Call, store: str, here
     assert code == 2
     assert "tracking is off" in err
     assert not list(here.glob("*.db"))
+
+
+def test_evaluations_below_a_run_count_if_they_are_of_its_export_as_it_is_now(
+    make_run: Make, make_evaluation: Make, compare: Call, store: str
+) -> None:
+    run, other = make_run("one", uri=store), make_run("two", uri=store)
+    step, best = run / "exported_step_00000002", run / "checkpoint_best"
+    step.mkdir()
+    (step / "config.json").write_text("{}")
+    track_evaluation(store, make_evaluation(other / "e", other / "checkpoint_best", {"p": (1, 0)}), run_id(other))
+    children = [track_evaluation(store, make_evaluation(run / "early", best, {"p": (1, 0)}), run_id(run))]
+    (best / "config.json").write_text('{"trained": "on"}')
+    for number, (model, correct) in enumerate(((best, 1), (step, 0))):
+        folder = make_evaluation(run / f"e{number}", model, {"p": (1, correct)})
+        children.append(track_evaluation(store, folder, run_id(run)))
+    early, now, of_step = (f"runs:/{child}" for child in children)
+    _, found, _ = compare(run_id(other), run_id(run), "--tracking-uri", store, "--json")
+    assert found["runs"]["one"]["evaluations"] == [now]
+    assert found["pass_at_k"][0]["difference"] == 1.0
+    assert f"one: the evaluation {early} is left out: {best} has held another model since" in found["warnings"]
+    left_out = f"one: the evaluation {of_step} is left out: it is of {step}, checkpoint_best stands for the run"
+    assert left_out in found["warnings"]
+    _, found, _ = compare(run_id(other), children[-1], "--tracking-uri", store, "--json")
+    assert found["pass_at_k"][0]["difference"] == 0.0
+    assert f"one: the evaluation is of {step}; curves and metrics are the whole run's" in found["warnings"]
+
+
+def test_a_run_that_was_evaluated_at_a_checkpoint_alone(
+    make_run: Make, make_evaluation: Make, compare: Call, store: str
+) -> None:
+    run, other = make_run("one", uri=store), make_run("two", uri=store)
+    for name in ("exported_step_00000002", "checkpoint_final"):
+        (run / name).mkdir()
+        (run / name / "config.json").write_text("{}")
+    track_evaluation(store, make_evaluation(run / "a", run / "exported_step_00000002", {"p": (1, 1)}), run_id(run))
+    track_evaluation(store, make_evaluation(other / "a", other / "checkpoint_best", {"p": (1, 1)}), run_id(other))
+    _, found, _ = compare(run_id(run), run_id(other), "--tracking-uri", store, "--json")
+    assert found["pass_at_k"] == []
+    assert "one: has no evaluation below it in MLflow: wmtp-ds evaluate makes one" in found["warnings"]
+    assert any("exported_step_00000002, neither checkpoint_best nor" in text for text in found["warnings"])
+    track_evaluation(store, make_evaluation(run / "b", run / "checkpoint_final", {"p": (1, 0)}), run_id(run))
+    _, found, _ = compare(run_id(run), run_id(other), "--tracking-uri", store, "--json")
+    assert found["pass_at_k"][0]["difference"] == 1.0, "there is no best export that it could be told from"

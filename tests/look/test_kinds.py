@@ -36,3 +36,4 @@ def test_kinds(parts: list[str], expected: list[str]) -> None:
 def test_the_end() -> None:
     assert kinds_of("x", [(0, 1), (1, 1)]) == ["name", "end"]
     assert kinds_of("", [(0, 0)]) == ["end"]
+    assert kinds_of("x", [(0, 0), (0, 1), (1, 1)]) == ["other", "name", "end"], "a token of no character"

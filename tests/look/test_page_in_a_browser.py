@@ -85,7 +85,7 @@ def test_solutions_are_shown_as_text(show: Callable[[str], Page], column: str) -
     assert [kind for kind, _ in shown] == ["correct", "incorrect"] * 2
     for kind, text in shown:
         expected = TEXTS[kind == "correct"]
-        assert re.sub("↵(?=\n)", "", text).removesuffix("⏹") == expected
+        assert re.sub("↵(?=\n)", "", text).removesuffix("□") == expected
         assert text.count("↵\n") == expected.count("\n"), "line ends are seen"
     counts = page.evaluate("[...document.querySelectorAll('pre')].map(pre => pre.querySelectorAll('span.t').length)")
     assert counts == [len(parts(TEXTS[kind == "correct"])) for kind, _ in shown]

@@ -68,14 +68,12 @@ def compare(
     from wmtp_ds.masking import printable
 
     uri = configured_uri() if tracking_uri is None else tracking_uri
-    if output is not None:
-        check_folder(output)
     arms = make_arms(runs, groups, Reader(uri, evaluations))
     told = compare_arms(arms)
     if output is None:
         names = [arm.name for arm in arms][:3]
         output = Path("comparisons") / re.sub(r"[^\w.-]+", "-", "-vs-".join(names))[:120]
-        check_folder(output)
+    check_folder(output)
     picture = write_report(told, output)
     if as_json:
         for text in told["warnings"]:

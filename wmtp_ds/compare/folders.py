@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from wmtp_ds.checkpoint_files import PARTIAL, is_complete, step_of, verify_manifest
+from wmtp_ds.checkpoint_files import PARTIAL, export_there, is_complete, step_of, verify_manifest
 from wmtp_ds.compare.run import Run, Series, last, without_others_losses
 from wmtp_ds.config.resolved import leaves
 from wmtp_ds.errors import UserError
@@ -63,8 +63,8 @@ def _refuse_what_is_cut_short(path: Path) -> None:
 
 def _of_checkpoint(path: Path, evaluations: Path) -> Run:
     run = _read_run(path.parent, config=path / CONFIG, until=step_of(path.name))
-    exports = [folder for folder in (path,) if (folder / "config.json").is_file()]
-    return _with_evaluations(_as_part(run, path), exports, [evaluations])
+    export = export_there(path)
+    return _with_evaluations(_as_part(run, path), [export] if export else [], [path.parent, evaluations], path)
 
 
 def _of_export(path: Path, evaluations: Path) -> Run:
@@ -92,21 +92,25 @@ def _of_export(path: Path, evaluations: Path) -> Run:
 def _of_evaluation(found: Finished, evaluations: Path) -> Run:
     """The run that was evaluated, if it is still there, with this evaluation alone."""
     model = Path(found.model)
-    name = Path(found.place).resolve().name
-    if model.is_dir() and not is_finished(model) and (model / "metrics.json").is_file() and (model / CONFIG).is_file():
+    place = Path(found.place).resolve()
+    if (
+        not model.is_dir()
+        or is_finished(model)
+        or not ((model / "metrics.json").is_file() and (model / CONFIG).is_file())
+    ):
+        why = f"its model {found.model} is no run's export, or not here"
+    elif model_key(model) != found.model_key:
+        why = f"{found.model} holds another model since"
+    else:
         run = _of_export(model, evaluations)
         return dataclasses.replace(
             run,
-            identity=f"{run.identity}#{Path(found.place).resolve()}",
+            identity=f"{run.identity}#{place}",
             evaluations=(found,),
             remarks=tuple(remark for remark in run.remarks if not remark.startswith(_NO_EVALUATION)),
         )
-    return Run(
-        name=name,
-        identity=str(Path(found.place).resolve()),
-        evaluations=(found,),
-        remarks=(f"an evaluation alone: its model {found.model} is no run's export, or not here",),
-    )
+    remarks = (f"an evaluation alone: {why}",)
+    return Run(name=place.name, identity=str(place), evaluations=(found,), remarks=remarks)
 
 
 def _as_part(run: Run, path: Path) -> Run:
@@ -201,8 +205,15 @@ def _number(value: Any) -> float | None:
 _NO_EVALUATION = "has no evaluation"
 
 
-def _with_evaluations(run: Run, models: Iterable[Path], places: Iterable[Path]) -> Run:
-    """The run with the finished evaluations of its models in these places."""
+def _with_evaluations(run: Run, models: Iterable[Path], places: Iterable[Path], unevaluated: Path | None = None) -> Run:
+    """The run with the finished evaluations of its models in these places.
+
+    Args:
+        run: without any.
+        models: whose evaluations count.
+        places: in and below which they are looked for.
+        unevaluated: what could be evaluated; None: the first of the models.
+    """
     keys = {model_key(model): model for model in models}
     resolved = {model.resolve() for model in keys.values()}
     found: dict[Path, Finished] = {}
@@ -223,7 +234,7 @@ def _with_evaluations(run: Run, models: Iterable[Path], places: Iterable[Path]) 
                 since = f"{one.model} holds another model since. Evaluate it again"
                 remarks.append(f"the evaluation {folder} is left out: {since}")
     if not found and run.stage != "critic":
-        which = next(iter(keys.values()), None)
+        which = unevaluated or next(iter(keys.values()), None)
         hint = f": wmtp-ds evaluate {which} --problems …" if which else ", and no export to evaluate"
         remarks.append(f"{_NO_EVALUATION}{hint}")
     newest = sorted(found.values(), key=lambda one: os.stat(Path(one.place) / SUMMARY).st_mtime_ns, reverse=True)

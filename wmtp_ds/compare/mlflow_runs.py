@@ -11,6 +11,7 @@ from wmtp_ds import mlflow_client
 from wmtp_ds.compare.run import Run, Series, last, without_others_losses
 from wmtp_ds.errors import RunError, UserError
 from wmtp_ds.evaluate.files import RESULTS, SUMMARY, Finished, read_finished
+from wmtp_ds.run_summary import BEST, FINAL
 
 if TYPE_CHECKING:
     import mlflow.entities
@@ -137,6 +138,8 @@ class MlflowRuns:
                 found.append(self._finished(child))
             except UserError as error:
                 remarks.append(f"an evaluation is left out: {error}")
+        found, others = _of_the_export(found)
+        remarks += others
         if not found and run.data.tags.get("stage") != "critic":
             remarks.append("has no evaluation below it in MLflow: wmtp-ds evaluate makes one")
         return tuple(found), remarks
@@ -146,10 +149,14 @@ class MlflowRuns:
         found = (self._finished(run),)
         if parent is None:
             name = run.info.run_name or run.info.run_id
-            alone = ("an evaluation alone: it has no run above it",)
-            return Run(name=name, identity=run.info.run_id, evaluations=found, remarks=alone)
-        above = self._get(parent)
-        return dataclasses.replace(self._training(above), identity=f"{parent}#{run.info.run_id}", evaluations=found)
+            orphan = ("an evaluation alone: it has no run above it",)
+            return Run(name=name, identity=run.info.run_id, evaluations=found, remarks=orphan)
+        alone = self._training(self._get(parent))
+        remarks = alone.remarks
+        if (model := Path(found[0].model)).name not in (BEST, FINAL):
+            remarks += (f"the evaluation is of {model}; curves and metrics are the whole run's",)
+        identity = f"{parent}#{run.info.run_id}"
+        return dataclasses.replace(alone, identity=identity, evaluations=found, remarks=remarks)
 
     def _finished(self, run: "mlflow.entities.Run") -> Finished:
         from mlflow.artifacts import download_artifacts
@@ -166,3 +173,27 @@ class MlflowRuns:
                     ) from None
             found = read_finished(Path(temporary))
         return dataclasses.replace(found, place=f"runs:/{run.info.run_id}")
+
+
+def _of_the_export(found: list[Finished]) -> tuple[list[Finished], list[str]]:
+    """The evaluations that stand for a run, and why others do not.
+
+    They are those of its best export (of the final one where only that was evaluated), with the weights that the newest
+    of them has seen: a run that goes on replaces its export.
+
+    Args:
+        found: of one run, the newest first.
+    """
+    names = [Path(one.model).name for one in found]
+    export = BEST if BEST in names else FINAL
+    newest = next((one.model_key for one in found if Path(one.model).name == export), None)
+    kept, remarks = [], []
+    for one, name in zip(found, names, strict=True):
+        if name != export:
+            stands = f"{export} stands for the run" if newest else f"neither {BEST} nor {FINAL}"
+            remarks.append(f"the evaluation {one.place} is left out: it is of {one.model}, {stands}")
+        elif one.model_key != newest:
+            remarks.append(f"the evaluation {one.place} is left out: {one.model} has held another model since")
+        else:
+            kept.append(one)
+    return kept, remarks

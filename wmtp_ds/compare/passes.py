@@ -49,12 +49,12 @@ def _sets(runs: Sequence[Run]) -> list[str]:
 
 def _alike(first: Sequence[Run], second: Sequence[Run], problem_set: str) -> tuple[list[Finished], list[Finished]]:
     """One evaluation of each run that has any: of the problems and options that most runs have, else the newest."""
-    found = [one for run in (*first, *second) for one in run.evaluations if one.problem_set == problem_set]
-    counted = [(one.problems_key, repr(sorted(one.options.items(), key=str))) for one in found]
+    found = [[one for one in run.evaluations if one.problem_set == problem_set] for run in (*first, *second)]
 
     def common(one: Finished) -> tuple[int, int]:
-        problems, options = one.problems_key, repr(sorted(one.options.items(), key=str))
-        return sum(key == problems for key, _ in counted), counted.count((problems, options))
+        problems = [[other for other in own if other.problems_key == one.problems_key] for own in found]
+        options = [own for own in problems if any(other.options == one.options for other in own)]
+        return sum(map(bool, problems)), len(options)
 
     def choose(runs: Sequence[Run]) -> list[Finished]:
         own = [[one for one in run.evaluations if one.problem_set == problem_set] for run in runs]

@@ -15,7 +15,7 @@ def kinds_of(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
     Args:
         text: a solution; it need not be valid Python.
-        spans: where tokens begin and end in it, in characters; an empty one is the end token.
+        spans: where tokens begin and end in it, in characters; the last one, if it is empty, is the end token.
 
     Returns:
         One of :data:`KINDS` for each. Tokens of white space alone are indentation at the beginning of a line.
@@ -25,11 +25,11 @@ def kinds_of(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
         kind = next((name for kind, name in (*_WORDS, *_OTHERS) if found in kind), "other")
         of_character[begin : begin + len(value)] = [kind] * len(value)
     kinds = []
-    for begin, end in spans:
+    for place, (begin, end) in enumerate(spans):
         if begin == end:
-            kinds.append("end")
+            kinds.append("end" if place == len(spans) - 1 else "other")
             continue
-        first = next((place for place in range(begin, end) if not text[place].isspace()), None)
+        first = next((at for at in range(begin, end) if not text[at].isspace()), None)
         if first is not None:
             kinds.append(of_character[first])
             continue

@@ -1,8 +1,9 @@
 """One page of HTML that needs nothing else: solutions shaded token by token, and what that amounts to."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 from wmtp_ds.look.columns import Solution, Token
@@ -16,6 +17,7 @@ NAMES = {
     "loss": "loss (nats)",
     "reference": "reference loss (nats)",
 }
+END_MARK = "□"
 _WIDTH, _HEIGHT, _MARGIN = 420, 180, 34
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
@@ -25,6 +27,7 @@ pre.correct { border-left-color: #009e73; } pre.incorrect { border-left-color: #
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 p, figcaption { overflow-wrap: anywhere; }
 .note { color: #555; } td, th { padding: .1rem .8rem .1rem 0; text-align: right; } td:first-child { text-align: left; }
+span.t:empty { padding-left: .35em; }
 span.t:hover { outline: 1px solid #222; }
 #tip { position: fixed; display: none; background: #222; color: #fff; font: 13px/1.4 monospace; padding: .4rem .6rem;
   white-space: pre; pointer-events: none; border-radius: 3px; }
@@ -57,8 +60,7 @@ def render(title: str, facts: Mapping[str, str], solutions: Sequence[Solution], 
         figures: `wmtp_ds.look.statistics.summary` of them.
     """
     main = figures["shaded_by"]
-    entries = figures["columns"][main]
-    scale = Scale.of(main, entries["min"], entries["max"])
+    scale = Scale.of(main, [token.columns[main] for solution in solutions for token in solution.tokens])
     parts = [
         f"<h1>{escape(title)}</h1>",
         "<p class=note>" + "<br>".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items()) + "</p>",
@@ -70,7 +72,7 @@ def render(title: str, facts: Mapping[str, str], solutions: Sequence[Solution], 
         _kinds(figures["by_kind"], NAMES[main]),
     ]
     for problem_id, group in groupby(solutions, key=lambda solution: solution.row.problem_id):
-        members = list(group)
+        members = _beside(list(group))
         parts.append(f"<h2>{escape(problem_id)}</h2><p>{escape(members[0].row.instruction)}</p><div class=pair>")
         parts += [_solution(solution, main, scale) for solution in members]
         parts.append("</div>")
@@ -82,12 +84,28 @@ def render(title: str, facts: Mapping[str, str], solutions: Sequence[Solution], 
 
 
 def _legend(main: str, scale: Scale) -> str:
-    less, more = (f"rgb({red},{green},{blue})" for red, green, blue in (LESS, MORE))
-    ordinary = {"ratio": "1", "share": f"{scale.ordinary:g}"}[scale.kind]
-    return (
-        f'<p>Shaded by {NAMES[main]}: <b style="color:{more}">above {ordinary}</b>, <b style="color:{less}">below '
-        f"{ordinary}</b>, darker the farther. Point at a token for its numbers.</p>"
-    )
+    more, less = scale.words
+    more_colour, less_colour = (f"rgb({red},{green},{blue})" for red, green, blue in (MORE, LESS))
+    if scale.selects:
+        told = f'<b style="color:{more_colour}">{more}</b>; the others are <b>{less}</b>'
+    else:
+        told = (
+            f'<b style="color:{more_colour}">{more}</b>, <b style="color:{less_colour}">{less}</b>, {_darkest(scale)}'
+        )
+    return f"<p>Shaded by {NAMES[main]}: {told}. Point at a token for its numbers.</p>"
+
+
+def _darkest(scale: Scale) -> str:
+    if scale.kind == "ratio":
+        factor = math.exp(scale.most)
+        return f"darker the farther by ratio, darkest at {1 / factor:.3g} and {factor:.3g}"
+    return f"darker the farther, darkest at {scale.ordinary:g} ± {scale.most:.3g}"
+
+
+def _beside(solutions: Sequence[Solution]) -> list[Solution]:
+    """Right and wrong ones in turn: two columns show them beside each other."""
+    sides = [[one for one in solutions if one.row.is_correct is kind] for kind in (True, False)]
+    return [one for pair in zip_longest(*sides) for one in pair if one is not None]
 
 
 def _solution(solution: Solution, main: str, scale: Scale) -> str:
@@ -99,8 +117,9 @@ def _solution(solution: Solution, main: str, scale: Scale) -> str:
 def _span(token: Token, main: str, scale: Scale) -> str:
     red, green, blue, opacity = scale.colour(token.columns[main])
     told = [f"{NAMES.get(name, name)}: {value:.4f}" for name, value in token.columns.items()]
-    tip = escape("\n".join([repr(token.text) if token.text else "end of the solution", token.kind, *told]), quote=True)
-    text = escape(token.text) if token.text else "⏹"
+    what = f"part of {token.part_of!r}" if token.part_of else repr(token.text)
+    tip = escape("\n".join(["end of the solution" if token.kind == "end" else what, token.kind, *told]), quote=True)
+    text = END_MARK if token.kind == "end" else escape(token.text)
     # A line end alone would show nothing.
     shown = text.replace("\n", "↵\n") if not token.text.strip() and "\n" in token.text else text
     return f'<span class=t style="background:rgba({red},{green},{blue},{opacity})" data-tip="{tip}">{shown}</span>'

@@ -1,11 +1,13 @@
 """The colour of a token: how much more, or less, than an ordinary one it weighs."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 # Colours that the colour-blind tell apart (Okabe and Ito 2008): vermilion for less, bluish green for more.
 LESS, MORE = (213, 94, 0), (0, 158, 115)
+_LEAST = 1e-6  # weights below it are as this one
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Scale:
 
     Attributes:
         kind: "ratio" for weights around 1 (by their logarithm), "share" for entries in [0, 1], of which 0.5 is
-            ordinary if they are values, and 0 if they are weights.
+            ordinary if they are values, and 0 if they are weights that select: each 0 or 1, and some 0.
         ordinary: the entry without colour.
         most: the largest distance from it, in the scale's own measure, that occurs.
     """
@@ -24,18 +26,30 @@ class Scale:
     most: float
 
     @classmethod
-    def of(cls, column: str, low: float, high: float) -> "Scale":
-        """For a column whose entries lie between these."""
-        if column == "weight" and high > 1.0:
-            farthest = max(abs(math.log(max(entry, 1e-6))) for entry in (low, high))
-            return cls("ratio", 1.0, farthest or 1.0)
-        if column == "weight":
+    def of(cls, column: str, entries: Collection[float]) -> "Scale":
+        """For the entries of a column, at least one."""
+        if column == "weight" and 0.0 in entries and set(entries) <= {0.0, 1.0}:
             return cls("share", 0.0, 1.0)
-        return cls("share", 0.5, max(abs(low - 0.5), abs(high - 0.5)) or 1.0)
+        if column == "weight":
+            farthest = max(abs(math.log(max(entry, _LEAST))) for entry in entries)
+            return cls("ratio", 1.0, farthest or 1.0)
+        return cls("share", 0.5, max(abs(entry - 0.5) for entry in entries) or 1.0)
+
+    @property
+    def selects(self) -> bool:
+        """Whether entries say no more than which tokens count."""
+        return (self.kind, self.ordinary) == ("share", 0.0)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """What the colours MORE and LESS say; of weights that select, what MORE says, and no colour."""
+        if self.selects:
+            return "selected", "left out"
+        return f"above {self.ordinary:g}", f"below {self.ordinary:g}"
 
     def strength(self, entry: float) -> float:
         """From −1 (least) over 0 (ordinary) to 1 (most)."""
-        distance = math.log(max(entry, 1e-6)) if self.kind == "ratio" else entry - self.ordinary
+        distance = math.log(max(entry, _LEAST)) if self.kind == "ratio" else entry - self.ordinary
         return max(-1.0, min(1.0, distance / self.most))
 
     def colour(self, entry: float) -> tuple[int, int, int, float]:

@@ -38,8 +38,8 @@ def check(solutions: Sequence[Solution], stage: str) -> None:
             if not all(math.isfinite(value) for value in token.columns.values()):
                 bad = ", ".join(f"{name} {value}" for name, value in token.columns.items() if not math.isfinite(value))
                 raise RunError(
-                    f"line {solution.line}, token {token.text!r}: {bad}. The model's numbers are not finite: "
-                    "look at an earlier checkpoint"
+                    f"line {solution.line}, token {token.text or token.part_of!r}: {bad}. The model's numbers are not "
+                    "finite: look at an earlier checkpoint"
                 )
 
 
