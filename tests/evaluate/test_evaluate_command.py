@@ -258,11 +258,11 @@ def test_errors_while_samples_are_drawn(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("parent", "code"), [(1, 1), (os.getpid(), 7)])
-def test_a_process_ends_with_its_parent(parent: int, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would go on drawing, and hold its journal. The first one's parent has died while it began."""
-    asked = os.getpid() if parent == 1 else 0
-    monkeypatch.setattr(evaluation_module, "die_with_parent", lambda: None if asked else os._exit(7))
+@pytest.mark.parametrize(("lives", "code"), [(False, 1), (True, 7)])
+def test_a_process_ends_with_its_parent(lives: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on drawing, and hold its journal. A parent may have died while the process began."""
+    parent = os.getpid() if lives else 1
+    monkeypatch.setattr(evaluation_module, "die_with_parent", lambda: os._exit(7) if lives else None)
     context = multiprocessing.get_context("fork")
     arguments = (None, None, [], 0, context.Queue(), parent)
     process = context.Process(target=evaluation_module._draw_part, args=arguments)
