@@ -1,5 +1,6 @@
 """What several folders of tests share: a small checkout to run commands in."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -80,6 +81,27 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trunk_layers=1,
     )
     return root
+
+
+@pytest.fixture
+def own_variables() -> Iterator[None]:
+    """Defaults that MLflow's client needs are set in the process; they go with the test."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of one SQLite store for all tests: its first opening takes seconds."""
+    from wmtp_ds import mlflow_client
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with contextlib.chdir(folder):  # MLflow puts artifacts into the current folder
+        mlflow_client.connect(uri).search_experiments()
+    return uri
 
 
 @pytest.fixture(scope="session")

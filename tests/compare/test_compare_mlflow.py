@@ -1,8 +1,7 @@
 """Runs by their ids, from a real SQLite store; and the same runs by their folders."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,12 @@ Make = Callable[..., Path]
 Call = Callable[..., tuple[int, Any, str]]
 
 
+pytestmark = pytest.mark.usefixtures("own_variables")
+
+
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Defaults that MLflow's client needs are set in the process."""
-    before = dict(os.environ)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_INTERVAL", 0.05)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Opening it the first time takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        mlflow_client.connect(uri).search_experiments()
-    finally:
-        os.chdir(here)
-    return uri
 
 
 def run_id(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,7 @@ from wmtp_ds.evaluate.track import track_summary
 from wmtp_ds.run_summary import write_summary
 from wmtp_ds.tracking import start_tracking
 
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One SQLite store for all tests: its first opening takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    here = os.getcwd()
-    os.chdir(folder)  # MLflow puts artifacts into the current folder
-    try:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        mlflow_client.connect(uri).search_experiments()
-    finally:
-        os.chdir(here)
-    return uri
-
-
-@pytest.fixture(autouse=True)
-def _own_environment() -> Iterator[None]:
-    """Defaults that MLflow's client needs are set in the process."""
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("own_variables")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 import psutil
@@ -40,10 +42,12 @@ class Session:
             time.sleep(0.1)
 
     def ranks(self) -> list[psutil.Process]:
-        found = [
-            p for p in psutil.Process(self.front.pid).children(recursive=True) if "--local_rank" in str(p.cmdline())
-        ]
-        return sorted(found, key=lambda process: process.environ()["RANK"])
+        found = []
+        for process in psutil.Process(self.front.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "--local_rank" in str(process.cmdline()):
+                    found.append((int(process.environ()["RANK"]), process))
+        return [process for _, process in sorted(found, key=itemgetter(0))]
 
     def wait_for_the_end(self, processes: list[psutil.Process], seconds: float) -> int:
         """Of all processes; the front's exit code."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -48,7 +49,8 @@ class Batch:
         """Whatever is left of it."""
         if self.process.poll() is None:
             for process in [*self.descendants(), psutil.Process(self.process.pid)]:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
 
 
@@ -108,8 +110,10 @@ def test_a_job_whose_time_is_up_goes_back_into_the_queue(tmp_path: Path) -> None
         job.wait_for("waiting-0")
         job.wait_for("waiting-1")
         for process in job.descendants():
-            if "wmtp-ds" in " ".join(process.cmdline()) and "srun" not in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGTERM)
+            # The stub's `sleep` comes and goes.
+            with suppress(psutil.NoSuchProcess):
+                if "wmtp-ds" in " ".join(process.cmdline()) and "srun" not in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGTERM)
         job.process.send_signal(signal.SIGTERM)
         assert job.process.wait(20) == 143
         assert not (tmp_path / "requeued").exists()
@@ -164,6 +168,7 @@ def machines_of(job: Batch) -> list[list[psutil.Process]]:
     """All processes of each machine: what `srun` has started there, and what that has."""
     found: dict[str, list[psutil.Process]] = {}
     for process in job.descendants():
-        if (node := process.environ().get("SLURM_NODEID")) is not None:
-            found.setdefault(node, []).append(process)
+        with suppress(psutil.NoSuchProcess):
+            if (node := process.environ().get("SLURM_NODEID")) is not None:
+                found.setdefault(node, []).append(process)
     return [found[node] for node in sorted(found)]

@@ -1,8 +1,7 @@
-"""A SQLite store, a real MLflow server, and a proxy before it that misbehaves as told."""
+"""A real MLflow server, and a proxy before it that misbehaves as told."""
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,33 +11,16 @@ from wmtp_ds import mlflow_client, tracking
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch):
-    """Defaults that MLflow's client needs are set in the process; each test gets its own."""
+def _own_environment(monkeypatch, own_variables):
+    """Each test begins without a server's variables."""
     for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
         monkeypatch.delenv(name)
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch):
     monkeypatch.setattr(tracking, "FLUSH_INTERVAL", 0.05)
     monkeypatch.setattr(tracking, "LONGEST_INTERVAL", 0.2)
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory) -> str:
-    """One SQLite store for all tests: its first opening takes seconds."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    here = os.getcwd()
-    os.chdir(Path(uri.removeprefix("sqlite:///")).parent)  # MLflow puts artifacts into the current folder
-    try:
-        mlflow_client.connect(uri).search_experiments()
-    finally:
-        os.chdir(here)
-    return uri
 
 
 @pytest.fixture
