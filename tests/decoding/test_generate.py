@@ -116,6 +116,38 @@ def test_right_drafts_save_passes() -> None:
     assert (plain.passes, drafted.passes) == (20, 5)  # four tokens a pass behind the first
 
 
+def passes_without_a_cache(policy: MTPLlamaForCausalLM, prompt: list[int], limits: Limits) -> int:
+    """Blockwise decoding as its papers write it: drafts are what the heads say of all that is accepted."""
+
+    def heads_say(prefix: list[int]) -> list[int]:
+        with torch.no_grad():
+            states_n1SD = policy.head_states(policy.trunk(torch.tensor([prefix])))
+            drafts: list[int] = policy.lm_head(states_n1SD[:, 0, -1]).argmax(-1).tolist()
+        return drafts
+
+    first, *drafts = heads_say(prompt)
+    written, passes = [first], 0
+    while len(written) < limits.max_new_tokens and not limits.end_ids.intersection(written):
+        passes += 1
+        own, *following = heads_say([*prompt, *written])
+        for draft in drafts:
+            if draft != own:
+                break
+            written.append(draft)
+            own, *following = heads_say([*prompt, *written])
+        written.append(own)
+        drafts = following
+    return passes
+
+
+def test_drafts_are_made_from_all_that_is_accepted() -> None:
+    policy, prompts = with_knowing_heads(policy_of(4)), prompts_of(30, seed=1)
+    found = generate(policy, prompts, LIMITS, speculative=True)
+    assert [one.passes for one in found] == [passes_without_a_cache(policy, prompt, LIMITS) for prompt in prompts]
+    plain = generate(policy, prompts, LIMITS)
+    assert 0.4 < sum(one.passes for one in found) / sum(one.passes for one in plain) < 0.95, "some drafts are accepted"
+
+
 def test_the_end_token_ends_wherever_it_is_accepted() -> None:
     policy, prompts = with_knowing_heads(policy_of(4)), prompts_of(40, seed=3)
     limits = Limits(30, frozenset(range(0, VOCABULARY, 5)))
