@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp_ds.decoding import Sampling, generate
 from wmtp_ds.decoding.generate import Limits
+from wmtp_ds.decoding.sampling import accept
 from wmtp_ds.models.mtp import MTPLlamaForCausalLM
 
 VOCABULARY, END = 37, 1
@@ -221,6 +222,24 @@ def distribution(policy: MTPLlamaForCausalLM, prompt: list[int], sampling: Sampl
         found = (found[:, None] * probabilities).flatten()
         sequences = [[*sequence, token] for sequence in sequences for token in range(size)]
     return found
+
+
+@pytest.mark.parametrize("near", [0.0, 0.004, 0.05, 1.0])
+def test_what_is_accepted_or_drawn_anew_is_distributed_as_asked(near: float) -> None:
+    """Over a grid of random numbers, for drafts of a distribution that differs a little or a lot."""
+    p_V, q_V = torch.tensor([0.2, 0.5, 0.3, 0.0]).double(), torch.tensor([0.6, 0.0, 0.1, 0.3]).double()
+    q_V = near * q_V + (1 - near) * p_V
+    first_u, second_u = ((torch.arange(count).double() + 0.5) / count for count in (1000, 100))
+    uniform_Bu = torch.cartesian_prod(first_u, second_u)
+    probabilities_BpV = torch.stack([p_V, torch.tensor([0.0, 0.0, 0.0, 1.0]).double()]).expand(len(uniform_Bu), 2, 4)
+    found_V = torch.zeros(4, dtype=torch.float64)
+    for draft in range(4):
+        drafted_Bm = torch.full((len(uniform_Bu), 1), draft)
+        accepted_B, next_B = accept(drafted_Bm, q_V.expand(len(uniform_Bu), 1, 4), probabilities_BpV, uniform_Bu)
+        assert (next_B[accepted_B == 1] == 3).all(), "one more is drawn from what follows"
+        written_B = torch.where(accepted_B == 1, draft, next_B)
+        found_V += q_V[draft] * written_B.bincount(minlength=4) / len(written_B)
+    torch.testing.assert_close(found_V, p_V, rtol=0, atol=5e-4 + 5e-3 * near)
 
 
 @pytest.mark.parametrize("speculative", [False, True])
