@@ -1,5 +1,7 @@
 """Files that are whole under their names, and on the disk when they are said to be."""
 
+import errno
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wmtp_ds.checkpoint_files import step_name, step_of
-from wmtp_ds.files import nearest_folder, replace_file, sha256_of, write_atomically
+from wmtp_ds.files import nearest_folder, replace_file, sha256_of, try_lock, write_atomically
 
 
 @pytest.fixture
@@ -94,3 +96,24 @@ def test_names_of_steps_sort_as_steps_do() -> None:
     names = [step_name(step) for step in (0, 9, 10, 99_999_999)]
     assert names == sorted(names)
     assert [step_of(name) for name in names] == [0, 9, 10, 99_999_999]
+
+
+def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as first, path.open("w") as second:
+        assert try_lock(first)
+        assert not try_lock(second)
+        first.close()
+        assert try_lock(second)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Lustre mounted without flock knows no such call; NFS wants a file that is open for writing."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (tmp_path / "lock").open("w") as file:
+        assert try_lock(file)

@@ -1,5 +1,7 @@
 """A run's folder: one process at a time, nothing overwritten, and what may be resumed from."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -109,6 +111,16 @@ def test_another_process_is_kept_out_until_the_first_ends(root):
     done = subprocess.run([sys.executable, "-c", HOLD, str(root)], input="", capture_output=True, text=True)
     assert (done.returncode, "another run is training" in done.stdout) == (2, True)
     folder.close()
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(root, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = RunFolder(root, "never")
+    folder.lock()
+    folder.check_shared(60)
 
 
 def test_a_lock_is_held_from_within_one_process_too(root):

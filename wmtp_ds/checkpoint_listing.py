@@ -1,6 +1,5 @@
 """What ``wmtp-ds checkpoint`` shows of checkpoints, and how it makes room. Imports no torch."""
 
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from wmtp_ds.checkpoint_files import (
     verify_manifest,
 )
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import try_lock
 from wmtp_ds.run_summary import RUN_SIGNS
 
 
@@ -198,10 +198,8 @@ def _locked(run: Path) -> Iterator[None]:
         UserError: if one is going on.
     """
     with (run / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock):
             raise UserError(
                 f"a run is training in {run}. It prunes by itself (checkpoint.save_total_limit); wait until it ends."
-            ) from None
+            )
         yield

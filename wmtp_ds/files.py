@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Of a file that is read into memory as a whole: the largest tokenizer.json has a tenth of it.
 MOST_BYTES = 256 * 2**20
@@ -127,6 +127,21 @@ def sha256_of(file: Path) -> str:
     """
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def try_lock(file: int | IO[Any]) -> bool:
+    """Lock an open file for this process alone, until it is closed or the process ends, however that ends.
+
+    Returns:
+        False if another process holds it. True on a file system without locks, where nobody can.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The folder of a run, ``checkpoint.save_dir``: who may write to it, and what happens to an earlier run in it."""
 
-import fcntl
 import os
 import socket
 import time
@@ -13,6 +12,7 @@ from wmtp_ds import distributed
 from wmtp_ds.checkpoint import Checkpoints
 from wmtp_ds.checkpoint_files import checkpoint_folders, verify_manifest
 from wmtp_ds.errors import UserError
+from wmtp_ds.files import try_lock
 from wmtp_ds.resume import find_checkpoint
 from wmtp_ds.run_summary import read_summary, why_not_a_runs_folder
 
@@ -50,16 +50,15 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / LOCK).open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._lock):
+                raise UserError(
+                    f"checkpoint.save_dir: another run is training in {self.root}. Wait for it, or choose another "
+                    "folder with --override checkpoint.save_dir=FOLDER."
+                )
             self._lock.truncate(0)
             self._lock.write(self._token)
             self._lock.flush()
             os.fsync(self._lock.fileno())  # the ranks of other machines are to read it
-        except BlockingIOError:
-            raise UserError(
-                f"checkpoint.save_dir: another run is training in {self.root}. Wait for it, or choose another folder "
-                "with --override checkpoint.save_dir=FOLDER."
-            ) from None
         except OSError as error:
             raise UserError(f"checkpoint.save_dir: cannot write to {self.root}: {error}") from None
 

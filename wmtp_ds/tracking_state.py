@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 from pydantic import TypeAdapter
 
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import open_file, read_json
+from wmtp_ds.files import open_file, read_json, try_lock
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "tracking.json"
@@ -378,18 +377,13 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock, or raise RunError if another process has it."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise RunError(
                 f"{self._path.parent} is in use: the run is still going on (process {owner}), and sends its "
                 "metrics itself.\n  Mend: wait until it has ended."
-            ) from None
-        except OSError:  # a file system without locks: go on without one
-            os.close(descriptor)
-            return
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor

@@ -8,7 +8,6 @@ name last.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 
 from wmtp_ds.data.dataset_files import MANIFEST, finished
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import read_json, sha256_of, sync, write_atomically
+from wmtp_ds.files import read_json, sha256_of, sync, try_lock, write_atomically
 
 PROBLEMS = "problems.jsonl"
 SPLITS: tuple[str, ...] = ("train", "validation", "evaluation")
@@ -115,13 +114,9 @@ class ImportFolder:
             self._lock = os.open(self._folder, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{self.output}: cannot be made: {error.strerror}: give another --output") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._lock):
             os.close(self._lock)
-            raise UserError(f"{self.output}: another process is writing it: wait for it, or end it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise UserError(f"{self.output}: another process is writing it: wait for it, or end it")
         try:
             self._go_on()
         except OSError as error:

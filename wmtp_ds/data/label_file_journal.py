@@ -1,7 +1,6 @@
 """What came of the rows that have run, beside the file that is to be, so that the work goes on after a kill."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import open_file
+from wmtp_ds.files import open_file, try_lock
 
 
 def begun_from(journal: Path, *, needs_entry: bool = False) -> dict[str, Any] | None:
@@ -61,13 +60,9 @@ class Journal:
             self._file = self.path.open("a+b")
         except OSError as error:
             raise UserError(f"{self._output}: may not be written: {error.strerror}: give another --output") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._file):
             self._file.close()
-            raise UserError(f"{self._output}: another process is writing it: wait for it, or end it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise UserError(f"{self._output}: another process is writing it: wait for it, or end it")
         try:
             self._take_up()
         except OSError as error:

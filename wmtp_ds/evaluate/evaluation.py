@@ -1,6 +1,5 @@
 """An evaluation from beginning to end: samples, verdicts, predictions, figures; each goes on where it was cut short."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from wmtp_ds.evaluate.problems import Problem, ProblemSet
 from wmtp_ds.evaluate.results import VERDICTS, judge, summarise, write_results
 from wmtp_ds.evaluate.samples import Prompter, SampleFiles, SampleOptions, check_beginnings, draw_samples
 from wmtp_ds.evaluate.teacher import predict
-from wmtp_ds.files import read_json
+from wmtp_ds.files import read_json, try_lock
 from wmtp_ds.models.causal import learned_positions
 from wmtp_ds.models.config_file import model_key
 from wmtp_ds.out_of_memory import is_out_of_memory
@@ -128,14 +127,10 @@ class Evaluation:
             yield
             return
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(lock):
                 raise UserError(
                     f"--output {self.output}: another process evaluates into it: wait for it, or give another --output"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+                )
             yield
 
     def _evaluate(self, made_from: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

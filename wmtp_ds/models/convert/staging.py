@@ -5,7 +5,6 @@ that are done; another one starts afresh. The folder gets its name last, when al
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from wmtp_ds.errors import RunError, UserError
-from wmtp_ds.files import nearest_folder, read_json, sync, write_atomically
+from wmtp_ds.files import nearest_folder, read_json, sync, try_lock, write_atomically
 
 _PROGRESS = ".progress.json"
 # What may be replaced with --force: a folder with one of these is a model's.
@@ -52,13 +51,9 @@ class Staging:
             self._lock = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror}. Name another destination.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._lock):
             os.close(self._lock)
-            raise UserError(f"{self.final} is being written by another process. Wait for it, or end it.") from None
-        except OSError:
-            pass  # a file system without locks
+            raise UserError(f"{self.final} is being written by another process. Wait for it, or end it.")
         self._done = self._read_progress()
         for entry in self.folder.iterdir():
             if entry.name not in self._done and entry.name != _PROGRESS:
