@@ -94,7 +94,7 @@ def corrupted(files: Files, tokenizer: PreTrainedTokenizerBase, share: float) ->
     encoder = TextEncoder(tokenizer)
     rng = random.Random(0)
     # Whole characters only: half of one would not survive being written as text.
-    texts = [tokenizer.decode([number]) for number in range(len(tokenizer))]
+    texts: list[str] = [tokenizer.decode([number]) for number in range(len(tokenizer))]  # type: ignore[misc]
     pieces = [text for text in texts if text and text.isascii() and text not in tokenizer.all_special_tokens]
     rows = []
     for row in read_rows(files.train):
@@ -137,7 +137,7 @@ def policy(size: Size, files: Files, seed: int, heads: int) -> Path:
         seed: of the weights.
         heads: how many.
     """
-    making = {
+    making: dict[str, Any] = {
         "template": TEMPLATE,
         "vocab_size": size.vocab_size,
         "n_future_tokens": heads,

@@ -132,7 +132,10 @@ def table(results: dict[str, Any]) -> str:
         apart = reached = ""
         if method != "baseline":
             apart = difference(own["loss"], baseline["loss"]).text(4)
-            times = [steps_to(*curve, goal) for curve, goal in zip(own["curves"], baseline["loss"], strict=True)]
+            times = [
+                steps_to(steps, losses, goal)
+                for (steps, losses), goal in zip(own["curves"], baseline["loss"], strict=True)
+            ]
             # Those that never arrive count as later than the end, so there is a median while most arrive.
             ordered = sorted(total + 1 if time is None else time for time in times)
             median = ordered[len(ordered) // 2]
@@ -150,7 +153,7 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], axis: Axes) -> None:
     """Clean held-out loss against steps, means over seeds."""
-    colours = {}
+    colours: dict[str, Any] = {}
     for arm, own in results["figures"].items():
         share, _, method = arm.partition(", ")
         if method not in ("baseline", f"rho1 k={K_PERCENT}"):

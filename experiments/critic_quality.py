@@ -23,7 +23,7 @@ from sizes import Size
 from wmtp_ds.data.index import build_index
 from wmtp_ds.evaluation import area_under_roc
 from wmtp_ds.launch import resolve_device
-from wmtp_ds.look.columns import Looker, Solution
+from wmtp_ds.look.columns import Chosen, Looker, Solution
 
 TITLE = "The critic: where it knows, and how well it is calibrated"
 # Name -> value_target and γ.
@@ -48,7 +48,8 @@ def study(size: Size, seeds: Sequence[int], workers: int) -> dict[str, Any]:
 def _figures(run: Run, files: corpora.Files) -> dict[str, Any]:
     index = build_index(files.validation)
     looker = Looker.load(run.model, torch.device(resolve_device(run.size.device)))
-    solutions = looker.look([(int(index.line[place]), index.read_row(place)) for place in range(len(index))])
+    chosen = [Chosen(place, int(index.line[place]), index.read_row(place)) for place in range(len(index))]
+    solutions = looker.look(chosen)
     values = [[token.columns["value"] for token in solution.tokens] for solution in solutions]
     labels = np.array([solution.row.is_correct for solution in solutions])
     read = np.array([[own[round(place * (len(own) - 1))] for place in _PLACES] for own in values])

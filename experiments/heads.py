@@ -39,7 +39,8 @@ def cost_per_token(folder: Path, supervised: float = 1.0) -> float:
     config = read_llama_config(folder)
     heads = getattr(config, "n_future_tokens", None) or 1
     hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
-    attention = hidden * size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    read_heads = config.num_key_value_heads or config.num_attention_heads
+    attention = hidden * size * (2 * config.num_attention_heads + 2 * read_heads)
     block = attention + 3 * hidden * config.intermediate_size
     return (config.num_hidden_layers + heads - 1) * block + supervised * heads * hidden * config.vocab_size
 

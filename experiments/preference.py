@@ -80,7 +80,7 @@ def _matcher(a: Sequence[int], b: Sequence[int]) -> SequenceMatcher[int]:
     return SequenceMatcher(None, a, b, autojunk=False)
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+def first_difference(a: Sequence[object], b: Sequence[object]) -> int:
     """The place of the first token in which two sequences differ; the shorter one's length if it begins the other."""
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -65,18 +65,18 @@ def show(study: ModuleType, found: dict[str, Any], folder: Path) -> None:
     figure.savefig(folder / "figure.png", dpi=120)
     plt.close(figure)
     before = README.read_text()
-    if (after := with_results(before, folder.name, table, found)) != before:
+    if (after := with_results(before, folder.name, study.TITLE, table, found)) != before:
         README.write_text(after)
 
 
-def with_results(readme: str, name: str, table: str, found: dict[str, Any]) -> str:
-    """A page with a study's table and figure between ``<!-- STUDY -->`` and ``<!-- end -->``, if it has that place."""
+def with_results(readme: str, name: str, title: str, table: str, found: dict[str, Any]) -> str:
+    """A page with a study's table and figure between ``<!-- NAME -->`` and ``<!-- end -->``, if it has that place."""
     head, mark, rest = readme.partition(f"<!-- {name} -->\n")
     if not mark:
         return readme
     made = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if key != "device")
     seeds = f"Seeds {found['seeds'][0]} to {found['seeds'][-1]}; {found['machine']['device']}; {made}."
-    figure = f"![{load(name).TITLE}](results/{name}/figure.png)"
+    figure = f"![{title}](results/{name}/figure.png)"
     return f"{head}{mark}{table}\n\n{seeds}\n\n{figure}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 

@@ -171,9 +171,13 @@ def test_tables_are_those_of_the_results() -> None:
     readme = (repository / "experiments/README.md").read_text()
     for file in sorted((repository / "experiments/results").glob("*/results.json")):
         results = json.loads(file.read_text())
-        table = run.load(file.parent.name.removesuffix(f"-{results['size']}")).table(results)
+        name = file.parent.name.removesuffix(f"-{results['size']}")
+        study = run.load(name)
+        table = study.table(results)
         assert (file.parent / "table.md").read_text() == table + "\n"
-        assert table in readme, f"run: python experiments/run.py {file.parent.name} --show"
+        mend = f"run: python experiments/run.py {name} --size {results['size']} --show"
+        assert table in readme, mend
+        assert run.with_results(readme, file.parent.name, study.TITLE, table, results) == readme, mend
         assert len(results["seeds"]) >= 5
         assert (file.parent / "figure.png").read_bytes().startswith(b"\x89PNG")
 

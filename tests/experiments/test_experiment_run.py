@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import corpora
 import corruption
 import numpy as np
 import pytest
@@ -67,9 +68,20 @@ def test_a_study_is_done_once_and_goes_on(here: Path, capfd: pytest.CaptureFixtu
     assert json.loads((runs / "TD-0.9-0" / "run.json").read_text())["completed"]
     assert "base-0, " not in capfd.readouterr().out
 
+    # Another study takes up the runs that they share.
+    run.conduct("critic_quality", TINY, [0], workers=2)
+    said = capfd.readouterr().out
+    assert ("critic-gae-0.95-0, " in said, "critic-return-0.95-0, " in said) == (True, False)
+    held_out = [json.loads(line) for line in corpora.problems(TINY).validation.read_text().splitlines()]
+    figures = json.loads((here / "results/critic_quality/results.json").read_text())["figures"]
+    for own in figures.values():
+        assert own["solutions"] == [len(held_out)]
+        assert sum(count for count, _, _ in own["reliability"][0]) == len(held_out)
+        share = sum(count * right for count, _, right in own["reliability"][0]) / len(held_out)
+        assert share == pytest.approx(sum(row["is_correct"] for row in held_out) / len(held_out))
+
 
 def test_a_run_that_fails_says_why(here: Path) -> None:
-    import corpora
     from placement import base_run
     from runs import do
 
