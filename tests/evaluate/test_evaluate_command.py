@@ -19,6 +19,7 @@ from wmtp_ds.data.text_encoder import TextEncoder
 from wmtp_ds.errors import UserError
 from wmtp_ds.evaluate import evaluation as evaluation_module
 from wmtp_ds.evaluate import samples as samples_module
+from wmtp_ds.evaluate.samples import stream_of
 from wmtp_ds.models.loading import load_policy, load_tokenizer, save_weights
 
 
@@ -147,6 +148,46 @@ def test_another_evaluation_in_the_folder(
     assert "out: holds another evaluation" in err
     told = figures(capsys, solver, "--problems", problems_file, "--max-new-tokens", 7, "--output", "out", "--force")
     assert told["figures"]["cut_off"] == 1.0
+
+
+def test_whatever_decides_samples_makes_another_evaluation(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--problems", problems_file, "--max-new-tokens", 3, "--n-samples", 2, "--temperature", 0.7)
+    figures(capsys, solver, *options, "--output", "out")
+    other: dict[str, object] = {
+        "--seed": 1, "--temperature": 0.8, "--top-p": 0.9, "--n-samples": 3, "--prompt": "plain",
+        "--decode": "self-speculative",
+    }  # fmt: skip
+    for option, value in other.items():
+        code, _, err = call(capsys, solver, *options, option, value, "--output", "out")
+        assert (code, "out: holds another evaluation" in err) == (2, True), option
+    assert figures(capsys, solver, *options, "--batch-size", 1, "--output", "out")["reused"]
+
+
+@pytest.mark.parametrize("decode", ["plain", "self-speculative"])
+def test_samples_are_those_of_the_seed(
+    solver: Path, problems_file: Path, here: Path, capsys: pytest.CaptureFixture[str], decode: str
+) -> None:
+    def texts(seed: int, temperature: float, top_p: float) -> list[str]:
+        sampled = ("--n-samples", 4, "--seed", seed, "--temperature", temperature, "--top-p", top_p)
+        output = f"{seed}-{temperature}-{top_p}"
+        options = ("--problems", problems_file, *SHORT, *sampled, "--decode", decode, "--output", output)
+        figures(capsys, solver, *options)
+        lines = Path(output, "results.jsonl").read_text().splitlines()
+        return [sample["program"] for line in lines for sample in json.loads(line)["samples"]]
+
+    found = texts(0, 2.0, 1.0)
+    assert len(set(found)) == len(found), "a model that knows three solutions varies them"
+    assert not set(found) & set(texts(1, 2.0, 1.0))
+    # The likeliest token alone: three solutions, four times each.
+    assert len(set(texts(0, 2.0, 1e-6))) == len(set(texts(0, 0.01, 1.0))) == 3
+
+
+def test_no_two_samples_share_their_random_numbers() -> None:
+    ids = ["1", "11", "1/1", "1\n1", "", "0"]
+    streams = [stream_of(problem_id, number) for problem_id in ids for number in range(120)]
+    assert len(set(streams)) == len(streams)
 
 
 def test_what_was_cut_short_is_not_dropped_for_another_evaluation(
