@@ -24,6 +24,8 @@ def spans_of(text: str, parts: list[str]) -> list[tuple[int, int]]:
         (["x", "\n        ", "y"], ["name", "indentation", "name"]),
         (["x", "   ", "\n"], ["name", "white space", "white space"]),
         (["a", " ", "b"], ["name", "white space", "name"]),
+        (["x\n", "    ", "\n", "y"], ["name", "white space", "white space", "name"]),
+        (["x\n", "    "], ["name", "white space"]),
         (["def", " ((", " $", " ?"], ["keyword", "operator", "other", "other"]),
     ],
 )
