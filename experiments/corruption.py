@@ -123,8 +123,9 @@ def table(results: dict[str, Any]) -> str:
     """Final losses, differences from the baseline on the same corpus, and steps to the baseline's final loss."""
     figures, total = results["figures"], results["steps"]
     lines = [
-        f"| corpus | arm | clean held-out loss, head 1 | minus baseline | steps to the baseline's loss after {total} |",
-        "|---|---|---|---|---|",
+        "| corpus | arm | clean held-out loss, head 1 | minus baseline | lowest on the way | "
+        f"steps to the baseline's loss after {total} |",
+        "|---|---|---|---|---|---|",
     ]
     for arm, own in figures.items():
         share, _, method = arm.partition(", ")
@@ -141,7 +142,10 @@ def table(results: dict[str, Any]) -> str:
             median = ordered[len(ordered) // 2]
             arrived = sum(time is not None for time in times)
             reached = f"{'never' if median > total else f'{median:.0f}'} ({arrived} of {len(times)} seeds arrive)"
-        lines.append(f"| {share} corrupted | {method} | {over_seeds(own['loss']).text(4)} | {apart} | {reached} |")
+        final, lowest = (
+            over_seeds(losses).text(4) for losses in (own["loss"], [min(losses) for _, losses in own["curves"]])
+        )
+        lines.append(f"| {share} corrupted | {method} | {final} | {apart} | {lowest} | {reached} |")
     damaged = ", ".join(f"{share}: {100 * (1 - found):.1f} %" for share, found in results["intact"].items())
     known = over_seeds(results["reference loss"]).text(4)
     lines.append(
