@@ -3,11 +3,10 @@
 import dataclasses
 import gc
 import json
-import os
 import re
-import traceback
+import subprocess
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,31 +75,7 @@ def test_a_gpu_is_timed_by_its_own_events_with_nothing_else_in_flight(monkeypatc
     assert found == measure.Reading(0.015, None)
 
 
-def in_a_fork(test: Callable[[], None]) -> Callable[[Path], None]:
-    """A test in a process of its own with one thread: what other threads free meanwhile, the test runner's, is not
-    seen there. Memory can be measured on Linux alone."""
-
-    @pytest.mark.skipif(measure.memory_unmeasurable(CPU) is not None, reason="peak memory needs Linux")
-    def forked(tmp_path: Path) -> None:
-        said = tmp_path / "said"
-        child = os.fork()
-        if not child:
-            try:
-                test()
-                said.write_text("passed")
-            except BaseException:
-                said.write_text(traceback.format_exc())
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        assert said.read_text() == "passed"
-
-    forked.__name__ = test.__name__
-    return forked
-
-
-@in_a_fork
-def test_peak_memory_is_what_one_call_takes_at_its_worst():
+def peak_memory_is_what_one_call_takes_at_its_worst():
     mib = 2**20
 
     def takes(size: int, times: int = 1) -> Callable[[], object]:
@@ -114,8 +89,7 @@ def test_peak_memory_is_what_one_call_takes_at_its_worst():
     assert measure.extra_memory(lambda: kept.append(torch.ones(8 * mib)), CPU) / mib == pytest.approx(32, abs=4)
 
 
-@in_a_fork
-def test_gradients_are_no_extra_memory():
+def gradients_are_no_extra_memory():
     sizes = Sizes(heads=4, sequences=2, length=64, dim=64, vocabulary=16_384)
     sets = [tiny(sizes=sizes), tiny(1, sizes=sizes)]
     logits = sizes.rows * sizes.vocabulary * 4
@@ -140,8 +114,7 @@ def test_gradients_are_no_extra_memory():
     assert forward - trains == pytest.approx(sets[0].gradient_bytes, abs=2**20)
 
 
-@in_a_fork
-def test_what_a_call_frees_does_not_hide_what_it_takes():
+def what_a_call_frees_does_not_hide_what_it_takes():
     class Cycle:
         def __init__(self) -> None:
             self.itself, self.big = self, torch.ones(16 * 2**20)
@@ -161,6 +134,24 @@ def test_what_a_call_frees_does_not_hide_what_it_takes():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(measure.memory_unmeasurable(CPU) is not None, reason="peak memory needs Linux")
+@pytest.mark.parametrize(
+    "body",
+    [
+        peak_memory_is_what_one_call_takes_at_its_worst,
+        gradients_are_no_extra_memory,
+        what_a_call_frees_does_not_hide_what_it_takes,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_memory(body: Callable[[], None]) -> None:
+    """In a process that does nothing else: other threads of a test runner take and free memory meanwhile, and its heap
+    has holes that fill up again."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]]()"
+    done = subprocess.run([sys.executable, "-c", code, __file__, body.__name__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_memory_cannot_be_measured_it_says_so(monkeypatch, tmp_path, call):
