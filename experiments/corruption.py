@@ -142,9 +142,8 @@ def table(results: dict[str, Any]) -> str:
             median = ordered[len(ordered) // 2]
             arrived = sum(time is not None for time in times)
             reached = f"{'never' if median > total else f'{median:.0f}'} ({arrived} of {len(times)} seeds arrive)"
-        final, lowest = (
-            over_seeds(losses).text(4) for losses in (own["loss"], [min(losses) for _, losses in own["curves"]])
-        )
+        final = over_seeds(own["loss"]).text(4)
+        lowest = over_seeds([min(losses) for _, losses in own["curves"]]).text(4)
         lines.append(f"| {share} corrupted | {method} | {final} | {apart} | {lowest} | {reached} |")
     damaged = ", ".join(f"{share}: {100 * (1 - found):.1f} %" for share, found in results["intact"].items())
     known = over_seeds(results["reference loss"]).text(4)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from mlflow_server import MlflowServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -117,3 +118,19 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MlflowS
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def saved_figures(monkeypatch: pytest.MonkeyPatch) -> "list[Figure]":
+    """The figures that matplotlib has saved; they stay readable after they are closed."""
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    original = Figure.savefig
+
+    def savefig(self: Figure, *arguments: object, **keywords: object) -> None:
+        figures.append(self)
+        original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures

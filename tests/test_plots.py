@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from wmtp_ds.plots import plot_losses, read_series
 from wmtp_ds.report import figure_of, print_table, results
@@ -17,20 +16,6 @@ def write_metrics(file: Path, *lines: tuple[int, dict[str, object]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps({"step": s, "time": 0, "metrics": m}) + "\n" for s, m in lines))
     return file
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved; they stay readable after they are closed."""
-    figures: list[Figure] = []
-    original = Figure.savefig
-
-    def savefig(self: Figure, *arguments: object, **keywords: object) -> None:
-        figures.append(self)
-        original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
 
 
 def test_read_series(tmp_path):
@@ -58,7 +43,7 @@ def test_read_series_of_a_run_that_diverged_and_was_killed(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_one_panel_a_run(tmp_path, drawn, count):
+def test_one_panel_a_run(tmp_path, saved_figures, count):
     runs = {
         f"stage {number}": write_metrics(
             tmp_path / f"{number}.jsonl",
@@ -69,7 +54,7 @@ def test_one_panel_a_run(tmp_path, drawn, count):
     }
     plot_losses(runs, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    (figure,) = drawn
+    (figure,) = saved_figures
     assert [axis.get_title() for axis in figure.axes] == list(runs)
     for number, axis in enumerate(figure.axes):
         train, validation = axis.get_lines()
@@ -80,9 +65,9 @@ def test_one_panel_a_run(tmp_path, drawn, count):
     assert plt.get_fignums() == [], "it is closed: pyplot would keep it in memory"
 
 
-def test_a_critics_loss_is_in_no_nats(tmp_path, drawn):
+def test_a_critics_loss_is_in_no_nats(tmp_path, saved_figures):
     plot_losses({"critic": write_metrics(tmp_path / "m.jsonl", (1, {"train/loss": 0.25}))}, tmp_path / "loss.png")
-    assert drawn[0].axes[0].get_ylabel() == "value loss"
+    assert saved_figures[0].axes[0].get_ylabel() == "value loss"
 
 
 def test_a_png_whatever_its_name_is(tmp_path):
@@ -99,23 +84,23 @@ def write_run(folder: Path, stage: str, loss: float, **more: object) -> Path:
     return folder
 
 
-def test_figure_of_runs(tmp_path, drawn):
+def test_figure_of_runs(tmp_path, saved_figures):
     folders = [write_run(tmp_path / name, name, 1.0) for name in ("baseline", "critic")]
     figure_of(folders, tmp_path / "new" / "demo.png")
     assert (tmp_path / "new" / "demo.png").exists()
-    assert [axis.get_title() for axis in drawn[0].axes] == ["baseline", "critic"]
+    assert [axis.get_title() for axis in saved_figures[0].axes] == ["baseline", "critic"]
 
 
-def test_two_runs_of_one_stage_are_both_drawn(tmp_path, drawn):
+def test_two_runs_of_one_stage_are_both_drawn(tmp_path, saved_figures):
     folders = [
         write_run(tmp_path / "beta-0.3", "verifiable", 1.0),
         write_run(tmp_path / "rho", "rho1", 3.0),
         write_run(tmp_path / "beta-0.9", "verifiable", 2.0),
     ]
     figure_of(folders, tmp_path / "demo.png")
-    titles = [axis.get_title() for axis in drawn[0].axes]
+    titles = [axis.get_title() for axis in saved_figures[0].axes]
     assert titles == ["verifiable: beta-0.3", "rho1", "verifiable: beta-0.9"]
-    assert [axis.get_lines()[0].get_ydata().tolist() for axis in drawn[0].axes] == [[1.0], [3.0], [2.0]]
+    assert [axis.get_lines()[0].get_ydata().tolist() for axis in saved_figures[0].axes] == [[1.0], [3.0], [2.0]]
 
 
 def test_table(tmp_path, capsys):

@@ -2,8 +2,8 @@
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,28 +33,27 @@ def solution(text: str, correct: bool, line: int, *, selects: bool = False) -> S
     return Solution(Row("p", "Do it.", text, correct), line, tokens)
 
 
-def drawn(solutions: list[Solution], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
-    figures: list[Figure] = []
-    save = Figure.savefig
+@pytest.fixture
+def drawn(tmp_path: Path, saved_figures: list[Figure]) -> Callable[[list[Solution]], Figure]:
+    """The picture of solutions."""
 
-    def look(figure: Figure, *arguments: Any, **keywords: Any) -> None:
-        figures.append(figure)
-        save(figure, *arguments, **keywords)
+    def picture(solutions: list[Solution]) -> Figure:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw("verifiable: x", solutions, summary(solutions), tmp_path / "x.png")
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        [figure] = saved_figures
+        figure.set_dpi(160)  # as it was saved: extents are in pixels
+        return figure
 
-    monkeypatch.setattr(Figure, "savefig", look)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        draw("verifiable: x", solutions, summary(solutions), folder / "x.png")
-    assert (folder / "x.png").read_bytes().startswith(b"\x89PNG")
-    figures[0].set_dpi(160)  # as it was saved: extents are in pixels
-    return figures[0]
+    return picture
 
 
 def test_tokens_of_the_picture_are_beside_each_other_on_their_colours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Callable[[list[Solution]], Figure],
 ) -> None:
     right, wrong = solution(SHORT, True, 3), solution(SHORT.replace("1", "2"), False, 7)
-    figure = drawn([right, wrong], tmp_path, monkeypatch)
+    figure = drawn([right, wrong])
     assert figure.get_suptitle() == "verifiable: x"
     assert "green: above 1, orange: below 1" in figure.get_supxlabel()
     _, values, *sides = figure.axes
@@ -82,8 +81,8 @@ def test_tokens_of_the_picture_are_beside_each_other_on_their_colours(
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_long_lines_and_many_lines_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = drawn([solution(LONG, True, 1), solution(SHORT, False, 2)], tmp_path, monkeypatch)
+def test_long_lines_and_many_lines_are_cut(drawn: Callable[[list[Solution]], Figure]) -> None:
+    figure = drawn([solution(LONG, True, 1), solution(SHORT, False, 2)])
     _, _, axis, short = figure.axes
     for text in axis.texts:
         assert text.get_window_extent().x1 <= axis.get_window_extent().x1 + 1
@@ -96,9 +95,9 @@ def test_long_lines_and_many_lines_are_cut(tmp_path: Path, monkeypatch: pytest.M
     assert not any("…" in text.get_text() for text in short.texts)
 
 
-def test_what_is_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_selected(drawn: Callable[[list[Solution]], Figure]) -> None:
     solutions = [solution(SHORT, kind, 1, selects=True) for kind in (True, False)]
-    figure = drawn(solutions, tmp_path, monkeypatch)
+    figure = drawn(solutions)
     assert "(green: selected)" in figure.get_supxlabel()
     kinds = figure.axes[1]
     assert [label.get_text() for label in kinds.get_yticklabels()] == ["name", "end"]
