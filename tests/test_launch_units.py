@@ -848,3 +848,30 @@ def test_its_help_needs_no_heavy_library(tmp_path):
     assert "Example: deepspeed bin/train_stage.py --stage rho1 --num_gpus 4" in done.stdout
     assert done.stdout.endswith("HEAVY []\n")
     assert "--local_rank" not in done.stdout
+
+
+TORN_DOWN = """
+import atexit, os, sys
+from unittest.mock import Mock
+from wmtp_ds import rank
+from wmtp_ds.launch import Place
+
+for name in ("resolve_device", "check_compiler", "check_port", "check_kernels", "enter_rank"):
+    setattr(rank, name, lambda *arguments: None)
+rank.run_rank = lambda work: 0
+
+class Library:
+    def __del__(self):
+        os.abort()
+
+loaded = Library()
+place = Place.of({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"})
+code = rank.train_rank(Mock(num_gpus=None), place)
+atexit.register(print, "handled", end="")
+sys.exit(code)
+"""
+
+
+def test_a_fault_while_the_interpreter_is_taken_down_is_no_fault_of_the_run() -> None:
+    done = subprocess.run([sys.executable, "-c", TORN_DOWN], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled"), done.stderr

@@ -1,5 +1,6 @@
 """The process of one rank: what ``bin/train_stage.py`` runs, how it is quieted, and how it ends."""
 
+import atexit
 import logging
 import os
 import signal
@@ -78,6 +79,8 @@ def train_rank(request: Request, place: Place) -> int:
     Raises:
         UserError: for what is wrong before a process group forms.
     """
+    finished: list[int] = []
+    atexit.register(_spare_the_teardown, finished)  # before all others are registered, so that it runs behind them
     resolved = request.load()
     device = resolve_device(resolved.config.runtime.device)
     check_compiler(device, resolved.deepspeed(1))
@@ -88,7 +91,17 @@ def train_rank(request: Request, place: Place) -> int:
     check_kernels(device)  # which says what it chose
     from wmtp_ds.train import train
 
-    return run_rank(lambda: train(resolved, run_name=request.run_name, resume=request.resume))
+    finished.append(run_rank(lambda: train(resolved, run_name=request.run_name, resume=request.resume)))
+    return finished[0]
+
+
+def _spare_the_teardown(finished: list[int]) -> None:
+    """End a process whose work is done, now that its threads and exit handlers are: while the interpreter is taken down
+    a library's thread that comes back from C++ would abort it."""
+    if finished:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(finished[0])
 
 
 def enter_rank(device: str, place: Place, log_level: str) -> None:
